@@ -1,0 +1,19 @@
+"""Structured pruning for PyTorch Lightning: networks that get smaller while they train."""
+
+from lightning_prune.__version__ import __version__
+from lightning_prune.graph import find_groups
+from lightning_prune.history import history_of, load_pruned, save_pruned
+from lightning_prune.pruner import prune
+from lightning_prune.types import ChannelGroup, Member, PruneRecord
+
+__all__ = [
+    "ChannelGroup",
+    "Member",
+    "PruneRecord",
+    "__version__",
+    "find_groups",
+    "history_of",
+    "load_pruned",
+    "prune",
+    "save_pruned",
+]

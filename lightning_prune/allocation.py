@@ -1,0 +1,174 @@
+"""How a pruning ratio becomes a plan: how many channels each group gives, and which ones."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil, floor
+
+import torch
+from torch import Tensor
+
+from lightning_prune.types import PruningPlan
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What no plan goes beyond.
+
+    Attributes:
+        min_channels: Channels that each group keeps at least, >= 1.
+        round_to: Widths are rounded to the nearest multiple of it, >= 1; None leaves them as they come.
+
+    Raises:
+        ValueError: A limit is below 1.
+    """
+
+    min_channels: int = 1
+    round_to: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.min_channels < 1:
+            raise ValueError(
+                f"`min_channels` is what each group keeps at least, 1 or more; got {self.min_channels}. "
+                "To remove a whole layer, take it out of the model."
+            )
+        if self.round_to is not None and self.round_to < 1:
+            raise ValueError(f"`round_to` is the multiple that widths are rounded to, 1 or more; got {self.round_to}.")
+
+    def rounded(self, width: int, least: int, size: int) -> int:
+        """Round a width to the nearest multiple that lies in [least, size], if there is one."""
+        if self.round_to is None:
+            return width
+        nearest = max(floor(width / self.round_to + 0.5), ceil(least / self.round_to)) * self.round_to
+        return min(nearest, size)
+
+
+class Allocation(ABC):
+    """The rule that shares a ratio out over groups.
+
+    Args:
+        cap: At most this fraction of a group's dense channels may go, in (0, 1].
+
+    Raises:
+        ValueError: `cap` is outside (0, 1].
+    """
+
+    def __init__(self, cap: float = 1.0) -> None:
+        if not 0 < cap <= 1:
+            raise ValueError(f"`cap` is the fraction that a group may lose at most, in (0, 1]; got {cap}.")
+        self.cap = cap
+
+    @abstractmethod
+    def widths(
+        self, scores: Mapping[str, Tensor], dense: Mapping[str, int], ratio: float, least: Mapping[str, int]
+    ) -> dict[str, int]:
+        """Return how many channels each scored group keeps.
+
+        Args:
+            scores: Group name -> scores of the channels that are there now.
+            dense: Group name -> channels of the dense model, of all groups that count (also unscored ones).
+            ratio: Fraction of the dense channels to be gone afterwards, in [0, 1).
+            least: Group name -> channels that it keeps in any case.
+        """
+
+
+class Uniform(Allocation):
+    """Every group gives the same fraction.
+
+    >>> plan = allocate({"a": torch.tensor([3.0, 1.0, 2.0, 1.0])}, 0.5, Uniform())
+    >>> plan.removed["a"].tolist()
+    [1, 3]
+    """
+
+    def widths(
+        self, scores: Mapping[str, Tensor], dense: Mapping[str, int], ratio: float, least: Mapping[str, int]
+    ) -> dict[str, int]:
+        """Keep the same fraction of each group."""
+        return {
+            name: min(max(dense[name] - floor(ratio * dense[name] + 0.5), least[name]), len(values))
+            for name, values in scores.items()
+        }
+
+
+class Global(Allocation):
+    """The lowest scores of the whole model go, wherever they are.
+
+    Exactly the asked number of channels goes, also when scores tie: ties are broken by the order of the groups.
+
+    >>> plan = allocate({"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([9.0, 2.0])}, 0.5, Global())
+    >>> {name: indices.tolist() for name, indices in plan.removed.items()}
+    {'a': [1], 'b': [1]}
+    """
+
+    def widths(
+        self, scores: Mapping[str, Tensor], dense: Mapping[str, int], ratio: float, least: Mapping[str, int]
+    ) -> dict[str, int]:
+        """Rank all channels that may go, and count those that do."""
+        gone = sum(dense.values()) - sum(len(scores[name]) if name in scores else dense[name] for name in dense)
+        count = floor(ratio * sum(dense.values()) + 0.5) - gone
+        expendable = {name: values.sort(stable=True).values[: len(values) - least[name]] for name, values in scores.items()}
+        owner = torch.cat([torch.full((len(part),), place) for place, part in enumerate(expendable.values())])
+        order = torch.cat(list(expendable.values())).argsort(stable=True)
+        losses = owner[order[: max(count, 0)]].bincount(minlength=len(scores)).tolist()
+        return {name: len(values) - loss for (name, values), loss in zip(scores.items(), losses, strict=True)}
+
+
+def allocate(
+    scores: Mapping[str, Tensor],
+    ratio: float,
+    allocation: Allocation,
+    limits: Limits | None = None,
+    dense: Mapping[str, int] | None = None,
+) -> PruningPlan:
+    """Choose the channels that go: of each group the lowest scores, by a stable sort and a count.
+
+    Args:
+        scores: Group name -> scores of its channels, higher = keep.
+        ratio: Fraction of the dense channels to be gone afterwards, in [0, 1).
+        allocation: How the ratio is shared out.
+        limits: What no plan goes beyond.
+        dense: Group name -> channels of the dense model; None says that nothing has gone yet.
+
+    Returns:
+        The plan; what gives less than the allocation alone would take stands in its `held_back`.
+
+    Raises:
+        ValueError: The ratio would leave no channel in any group.
+    """
+    if not scores:
+        return PruningPlan({})
+    limits = limits or Limits()
+    dense = dense or {name: len(values) for name, values in scores.items()}
+    nothing = dict.fromkeys(scores, 0)
+    least = {
+        name: min(len(values), max(limits.min_channels, ceil((1 - allocation.cap) * dense[name] - 1e-9)))
+        for name, values in scores.items()
+    }
+    wanted = allocation.widths(scores, dense, ratio, nothing)
+    if ratio < 1 and not any(wanted.values()):
+        raise ValueError(
+            f"`pruning_ratio` {ratio} would leave no channel in any of the {len(scores)} groups (the largest has "
+            f"{max(map(len, scores.values()))}); ask for less."
+        )
+    given = allocation.widths(scores, dense, ratio, least)
+    removed, held_back = {}, {}
+    for name, values in scores.items():
+        width = limits.rounded(given[name], least[name], len(values))
+        if width < len(values):
+            removed[name] = values.argsort(stable=True)[: len(values) - width].sort().values
+        if width > wanted[name]:
+            held_back[name] = _reason(limits, allocation.cap, wanted[name], given[name], width)
+    return PruningPlan(removed, held_back)
+
+
+def _reason(limits: Limits, cap: float, wanted: int, given: int, width: int) -> str:
+    causes = []
+    if wanted < limits.min_channels:
+        causes.append(f"min_channels={limits.min_channels}")
+    if given > max(wanted, limits.min_channels):
+        causes.append(f"cap={cap}")
+    if width > given:
+        causes.append(f"round_to={limits.round_to}")
+    return f"keeps {width} channels in place of {wanted}: {', '.join(causes)}"

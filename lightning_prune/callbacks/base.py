@@ -1,0 +1,227 @@
+"""The engine of all prune callbacks: when to cut, and what must follow a cut inside a fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.console import Console
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_prune import history, optimizers
+from lightning_prune.allocation import Allocation, Limits, Uniform
+from lightning_prune.criteria import Criterion, Magnitude
+from lightning_prune.inputs import ExampleInputs
+from lightning_prune.pruner import Draft, Request, draft_cut
+from lightning_prune.report import history_table, record_table
+from lightning_prune.schedules import Schedule, events, one_shot
+from lightning_prune.surgery import apply
+from lightning_prune.types import PruneRecord, Unit
+
+
+class PruneCallback(pl.Callback):
+    """Cuts channels out of the network while it trains, on a schedule of epochs.
+
+    A cut falls at the start of an epoch, so that every checkpoint holds the network whose score it bears. The
+    network that is read is the LightningModule's `forward`, on its `example_input_array` or else on the first batch.
+
+    Args:
+        pruning_ratio: Fraction to be gone in the end, counted against the dense model, in [0, 1).
+        of: What it is a fraction of: "channels" (of all that can be pruned), "params" or "macs" (of the model).
+        criterion: How channels are scored; `Magnitude()` if None.
+        allocation: How the ratio is shared out over the groups; `Uniform()` if None.
+        schedule: Pure function from progress to the share of the ratio, see `lightning_prune.schedules`.
+        begin: Epoch of progress 0, counted from 0; a third of `max_epochs` if None.
+        end: Epoch of progress 1; two thirds of `max_epochs` if None.
+        every: Epochs between prune events.
+        ignore: Patterns of module names that are not to be touched.
+        min_channels: Channels that each group keeps at least.
+        round_to: Widths are rounded to the nearest multiple of it.
+
+    Raises:
+        ValueError: An argument is out of its range, or `begin` lies after `end`.
+    """
+
+    def __init__(
+        self,
+        pruning_ratio: float,
+        *,
+        of: Unit = "channels",
+        criterion: Criterion | None = None,
+        allocation: Allocation | None = None,
+        schedule: Schedule = one_shot,
+        begin: int | None = None,
+        end: int | None = None,
+        every: int = 1,
+        ignore: Sequence[str] = (),
+        min_channels: int = 1,
+        round_to: int | None = None,
+    ) -> None:
+        limits = Limits(min_channels, round_to)
+        self.request = Request(
+            pruning_ratio, of, criterion or Magnitude(), allocation or Uniform(), tuple(ignore), limits
+        )
+        self.schedule, self.begin, self.end, self.every = schedule, begin, end, every
+        events(schedule, begin or 0, max(begin or 0, 0) if end is None else end, every)
+        self.events: dict[int, float] = {}
+        self._done = -1
+        self._checked = False
+
+    @property
+    @override
+    def state_key(self) -> str:
+        asked = {"pruning_ratio": self.request.pruning_ratio, "of": self.request.of, "begin": self.begin, "end": self.end}
+        return self._generate_state_key(**asked)
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        _follow_checkpoints(pl_module)
+        if stage != "fit":
+            return
+        if not isinstance(trainer.strategy, SingleDeviceStrategy):
+            raise MisconfigurationException(
+                f"{type(self).__name__} cuts on one device so far; got the strategy "
+                f"{type(trainer.strategy).__name__}. Use Trainer(devices=1), or prune before with `lightning_prune.prune`."
+            )
+        self.events = self._lay_out(trainer)
+        self._checked = False
+
+    def _lay_out(self, trainer: pl.Trainer) -> dict[int, float]:
+        """Return epoch -> share for this fit, and refuse a schedule that never fires."""
+        last = trainer.max_epochs
+        if (last is None or last < 0) and (self.begin is None or self.end is None):
+            raise MisconfigurationException(
+                f"{type(self).__name__} lays its schedule out over `max_epochs`, which is {last}. "
+                "Set Trainer(max_epochs=...), or both `begin` and `end`."
+            )
+        epochs = last if last is not None and last >= 0 else None
+        begin = (epochs or 0) // 3 if self.begin is None else self.begin
+        end = max(begin, 2 * (epochs or 0) // 3) if self.end is None else self.end
+        laid_out = events(self.schedule, begin, end, self.every)
+        reached = [share for epoch, share in laid_out.items() if epochs is None or epoch < epochs]
+        if trainer.fast_dev_run or (reached and reached[-1] == max(laid_out.values())):
+            return laid_out
+        if not reached:
+            raise MisconfigurationException(
+                f"The schedule of {type(self).__name__} never fires: its first event is at epoch {min(laid_out, default=begin)}, "
+                f"but max_epochs={epochs}, and epochs count from 0. Lower `begin` (now {begin}) or train for longer."
+            )
+        rank_zero_warn(
+            f"The schedule of {type(self).__name__} ends at epoch {end}, after max_epochs={epochs}: this fit reaches only "
+            f"{reached[-1]:.0%} of pruning_ratio={self.request.pruning_ratio}. Lower `end`."
+        )
+        return laid_out
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last prune event has been."""
+        return self._done >= max(self.events, default=-1)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if pl_module.example_input_array is not None:
+            self._check_ahead(pl_module, pl_module.example_input_array)
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if pl_module.example_input_array is not None:
+            self._fire(trainer, pl_module, pl_module.example_input_array)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 0 and pl_module.example_input_array is None:
+            self._check_ahead(pl_module, batch)
+            self._fire(trainer, pl_module, batch)
+
+    def _check_ahead(self, pl_module: pl.LightningModule, example: ExampleInputs) -> None:
+        """Plan the whole pruning once before the first step, so that what is wrong shows before time is spent."""
+        if not self._checked and not self.is_finished:
+            record = draft_cut(pl_module, example, self.request).record
+            epochs = ", ".join(f"{epoch} ({share * self.request.pruning_ratio:.1%})" for epoch, share in self.events.items())
+            rank_zero_info(f"{type(self).__name__}: prune events at epochs {epochs}; at present weights: {record}")
+            _tell_shortfall(record)
+        self._checked = True
+
+    def _fire(self, trainer: pl.Trainer, pl_module: pl.LightningModule, example: ExampleInputs) -> None:
+        """Cut if an event is due that has not been."""
+        epoch = trainer.current_epoch
+        if epoch in self.events and epoch > self._done:
+            ratio = self.events[epoch] * self.request.pruning_ratio
+            draft = draft_cut(pl_module, example, replace(self.request, pruning_ratio=ratio))
+            self._cut(trainer, pl_module, draft)
+            self._done = epoch
+
+    def _cut(self, trainer: pl.Trainer, pl_module: pl.LightningModule, draft: Draft) -> None:
+        """Cut, let the optimizers follow, verify, log, and append to the history."""
+        record = replace(draft.record, epoch=trainer.current_epoch, step=trainer.global_step)
+        apply(pl_module, draft.cut)
+        history.append(pl_module, record)
+        every = [unwrapped(optimizer) for optimizer in trainer.optimizers]
+        for optimizer in every:
+            optimizers.rebuild(optimizer, pl_module, draft.cut)
+        optimizers.check(every, pl_module)
+        rank_zero_info(f"{type(self).__name__}, epoch {record.epoch}: {record}")
+        _tell_shortfall(record)
+        if _shows_tables(trainer):
+            Console().print(record_table(record, f"{type(self).__name__}, epoch {record.epoch}"))
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        records = history.history_of(pl_module)
+        if records and _shows_tables(trainer):
+            Console().print(history_table(records))
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        pl_module.__dict__.pop("on_load_checkpoint", None)
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[history.KEY] = history.to_plain(history.history_of(pl_module))
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self._done}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._done = state_dict["done"]
+
+
+def unwrapped(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
+    """Return the torch optimizer inside a Lightning one."""
+    return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+
+
+def _shows_tables(trainer: pl.Trainer) -> bool:
+    """Tables go where the progress bar goes."""
+    return trainer.is_global_zero and trainer.progress_bar_callback is not None
+
+
+def _tell_shortfall(record: PruneRecord) -> None:
+    if record.reached < record.asked - 0.005:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in record.held_back.items())
+        rank_zero_warn(f"Asked {record.asked:.1%} of {record.of}, reached {record.reached:.1%}. Held back: {reasons}.")
+
+
+def _follow_checkpoints(pl_module: pl.LightningModule) -> None:
+    """Cut the module to a checkpoint's shapes before its weights are loaded; a callback's own hooks come too late."""
+    if "on_load_checkpoint" not in pl_module.__dict__:
+        pl_module.__dict__["on_load_checkpoint"] = partial(_replay_then_load, pl_module)
+
+
+def _replay_then_load(pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    history.replay(pl_module, history.from_plain(checkpoint.get(history.KEY, [])))
+    type(pl_module).on_load_checkpoint(pl_module, checkpoint)

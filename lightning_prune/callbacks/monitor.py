@@ -1,0 +1,82 @@
+"""Logs what pruning does to whatever logger the Trainer has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from typing_extensions import override
+
+from lightning_prune.cost import count_macs, count_params
+from lightning_prune.history import history_of
+from lightning_prune.inputs import bind
+from lightning_prune.report import widths_picture
+
+
+class SparsityMonitor(pl.Callback):
+    """Logs at the end of every epoch `prune/pruning_ratio`, `prune/params`, `prune/macs` and `prune/channels/<group>`.
+
+    They are metrics like any other: every logger gets them, and EarlyStopping or ModelCheckpoint can watch them.
+    Where the logger draws (TensorBoard), a histogram of the BatchNorm scales and a picture of the layers' widths
+    before and after join them. MACs are per example.
+    """
+
+    def __init__(self) -> None:
+        self._macs: int | None = None
+        self._drawn = 0
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._macs, self._drawn = None, 0
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._macs is None and not history_of(pl_module):
+            example = batch if pl_module.example_input_array is None else pl_module.example_input_array
+            self._macs = count_macs(pl_module, bind(pl_module, example))
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for name, value in self._metrics(pl_module).items():
+            pl_module.log(f"prune/{name}", value, rank_zero_only=True)
+        for experiment in _drawing_boards(trainer):
+            self._draw(experiment, pl_module, trainer.global_step)
+
+    def _metrics(self, pl_module: pl.LightningModule) -> dict[str, float]:
+        records = history_of(pl_module)
+        if not records:
+            return {"pruning_ratio": 0.0, "params": float(count_params(pl_module)), "macs": float(self._macs or 0)}
+        last = records[-1]
+        widths = {f"channels/{name}": float(change.after) for name, change in last.channels.items()}
+        return {
+            "pruning_ratio": last.reached,
+            "params": float(last.params.after),
+            "macs": float(last.macs.after),
+            **widths,
+        }
+
+    def _draw(self, experiment: Any, pl_module: pl.LightningModule, step: int) -> None:
+        scales = _bn_scales(pl_module)
+        if scales is not None:
+            experiment.add_histogram("prune/bn_scales", scales, step)
+        records = history_of(pl_module)
+        if len(records) > self._drawn:
+            self._drawn = len(records)
+            experiment.add_image("prune/widths", widths_picture(records[-1].channels), step, dataformats="HWC")
+
+
+def _drawing_boards(trainer: pl.Trainer) -> list[Any]:
+    """Return the experiments of those loggers that take histograms and images."""
+    experiments = [logger.experiment for logger in trainer.loggers] if trainer.is_global_zero else []
+    return [board for board in experiments if hasattr(board, "add_histogram") and hasattr(board, "add_image")]
+
+
+def _bn_scales(pl_module: pl.LightningModule) -> Tensor | None:
+    layers = [module for module in pl_module.modules() if isinstance(module, _BatchNorm)]
+    scales = [layer.weight.detach().abs().float().cpu() for layer in layers if layer.weight is not None]
+    return torch.cat(scales) if scales else None

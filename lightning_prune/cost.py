@@ -1,0 +1,99 @@
+"""What a model costs: parameters, multiply-accumulates, and measured time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import median
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_prune.handlers import tensors_in
+from lightning_prune.inputs import Inputs
+from lightning_prune.labels import Flow, LabelSpace
+from lightning_prune.tensors import named_tensors
+from lightning_prune.trace import SUBSTRATES, Setting, run
+from lightning_prune.types import Attributes
+
+
+def count_params(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> int:
+    """Count the elements of all parameters, each once.
+
+    Args:
+        model: The model.
+        tensors: Name -> tensor that stands in for a parameter.
+    """
+    standins = tensors or {}
+    return sum(standins.get(name, parameter).numel() for name, parameter in model.named_parameters())
+
+
+def count_macs(
+    model: nn.Module,
+    inputs: Inputs,
+    tensors: Mapping[str, Tensor] | None = None,
+    attributes: Attributes | None = None,
+) -> int:
+    """Count the multiply-accumulates per example of a forward pass in eval mode, with `torch.utils.flop_counter`.
+
+    The model runs on meta tensors where it can: on CPU tensors the counter silently gives 0 for attention.
+
+    Args:
+        model: The model; it is not changed.
+        inputs: What forward is called with; the count is divided by its batch size.
+        tensors: Name -> tensor that stands in for one of the model, for the cost of a plan.
+        attributes: Module attributes to set for the run.
+    """
+    everything = {**named_tensors(model), **(tensors or {})}
+    for substrate in SUBSTRATES:
+        with FlopCounterMode(display=False) as counter:
+            try:
+                run(model, inputs, Setting(substrate), Flow(LabelSpace()), everything, {}, attributes)
+            except Exception:
+                if substrate == SUBSTRATES[-1]:
+                    raise
+                continue
+        break
+    return int(counter.get_total_flops()) // 2 // _batch_size(inputs)
+
+
+def _batch_size(inputs: Inputs) -> int:
+    """Return the size of dimension 0 where all tensors agree on it, else 1."""
+    sizes = {tensor.shape[0] for tensor in tensors_in((inputs.args, inputs.kwargs)) if tensor.dim()}
+    return max(sizes.pop(), 1) if len(sizes) == 1 else 1
+
+
+def batch_of(inputs: Inputs, size: int) -> Inputs:
+    """Return inputs with another batch size, by repeating the first example along dimension 0."""
+    return inputs.map(lambda tensor: tensor[:1].expand(size, *tensor.shape[1:]).contiguous() if tensor.dim() else tensor)
+
+
+def measure_latency(model: nn.Module, inputs: Inputs, *, seconds: float = 0.5) -> float:
+    """Measure the median time of a forward pass in eval mode, in milliseconds, with the threads that torch has.
+
+    Args:
+        model: The model; its mode is restored.
+        inputs: What forward is called with.
+        seconds: How long to measure; at least five passes are timed, after one to warm up.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    times: list[float] = []
+    try:
+        with torch.inference_mode():
+            inputs.call(model)
+            while len(times) < 5 or sum(times) < seconds:
+                start = perf_counter()
+                inputs.call(model)
+                _wait(model)
+                times.append(perf_counter() - start)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return median(times) * 1e3
+
+
+def _wait(model: nn.Module) -> None:
+    if any(parameter.is_cuda for parameter in model.parameters()):
+        torch.cuda.synchronize()

@@ -1,0 +1,38 @@
+"""Channels with a small BatchNorm scale go first."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_prune.criteria.base import Criterion
+from lightning_prune.tensors import tensor_at
+from lightning_prune.types import ChannelGroup, Member
+
+
+def bn_scales(model: nn.Module, group: ChannelGroup) -> list[Member]:
+    """List the members of a group that are scales of BatchNorm layers (1d, 2d, 3d or Sync)."""
+
+    def is_scale(member: Member) -> bool:
+        owner, _, leaf = member.tensor.rpartition(".")
+        return leaf == "weight" and isinstance(model.get_submodule(owner), _BatchNorm)
+
+    return [member for member in group.members if is_scale(member)]
+
+
+class BNScale(Criterion):
+    """Absolute BatchNorm scale: score_k = mean of |gamma_k| over the group's BatchNorm layers.
+
+    Liu et al. 2017 ("Network Slimming", section 3). The paper's networks have one BatchNorm a group; where a
+    residual sum ties several, their mean keeps the score on the scale of a single gamma, so that groups compare.
+    A group without a BatchNorm scale is passed over.
+    """
+
+    def score(self, model: nn.Module, group: ChannelGroup) -> Tensor | None:
+        """Return the mean absolute scales; None where the group has no BatchNorm."""
+        scales = [
+            tensor_at(model, member.tensor).detach().float().abs()[member.positions].mean(1)
+            for member in bn_scales(model, group)
+        ]
+        return torch.stack(scales).mean(0) if scales else None

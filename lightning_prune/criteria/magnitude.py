@@ -1,0 +1,59 @@
+"""Channels with small weights go first."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.criteria.base import Criterion, gather
+from lightning_prune.tensors import tensor_at
+from lightning_prune.types import ChannelGroup, Member
+
+
+class Magnitude(Criterion):
+    """Norm of all parameters that a channel owns, in every layer of its group.
+
+    score_k = (sum over members of ||W[k]||_p^p)^(1/p), after Li et al. 2017 ("Pruning Filters for Efficient
+    ConvNets") for p = 1, over coupled layers as in Fang et al. 2023 ("DepGraph", section 3.3).
+
+    Args:
+        p: 1 or 2.
+        normalize: "mean" divides by the group's mean, so that groups of different scale compare; None does not.
+
+    Raises:
+        ValueError: `p` or `normalize` is none of these.
+    """
+
+    def __init__(self, p: Literal[1, 2] = 2, normalize: Literal["mean"] | None = "mean") -> None:
+        if p not in (1, 2):
+            raise ValueError(f"`p` is the order of the norm, 1 or 2; got {p!r}.")
+        if normalize not in ("mean", None):
+            raise ValueError(f'`normalize` is "mean" or None; got {normalize!r}.')
+        self.p = p
+        self.normalize = normalize
+
+    def score(self, model: nn.Module, group: ChannelGroup) -> Tensor | None:
+        """Return the norms; None where no parameter belongs to the group."""
+        owned = [(tensor_at(model, member.tensor), member) for member in group.members]
+        powers = [self._powers(tensor, member) for tensor, member in owned if isinstance(tensor, nn.Parameter)]
+        if not powers:
+            return None
+        norms = torch.stack([power.to(powers[0].device) for power in powers]).sum(0).pow(1 / self.p)
+        mean = norms.mean()
+        return norms / mean if self.normalize and mean > 0 else norms
+
+    def _powers(self, tensor: Tensor, member: Member) -> Tensor:
+        """Return ||W[k]||_p^p of every channel, in float32 at least."""
+        weight = tensor.detach()
+        if not weight.is_floating_point() or weight.dtype.itemsize < 4:
+            weight = weight.float()
+        if member.dim == 0 and weight.dim() > 1:
+            along = torch.linalg.vector_norm(weight.flatten(1), ord=self.p, dim=1).pow(self.p)
+        elif member.dim == 1 and weight.dim() > 2:
+            along = torch.linalg.vector_norm(weight.flatten(2), ord=self.p, dim=2).pow(self.p).sum(0)
+        else:
+            others = [dim for dim in range(weight.dim()) if dim != member.dim]
+            along = weight.abs().pow(self.p).sum(others) if others else weight.abs().pow(self.p)
+        return gather(along, member)

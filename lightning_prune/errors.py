@@ -1,0 +1,21 @@
+"""What can go wrong in pruning itself; wrong arguments are plain `ValueError` and `TypeError`."""
+
+
+class PruningError(Exception):
+    """Base of the family. Every message ends with the way out."""
+
+
+class TraceError(PruningError):
+    """The model cannot be read: its forward fails on the example inputs."""
+
+
+class ScoreError(PruningError):
+    """A criterion or the weights it reads gave something that is no finite number."""
+
+
+class SurgeryError(PruningError):
+    """A cut could not be made; the model is what it was before."""
+
+
+class HistoryError(PruningError):
+    """A checkpoint's pruning history is missing, foreign or does not fit the model."""

@@ -1,0 +1,253 @@
+"""Reads a model's channel groups: which channels there are, where they live, and which cannot go."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+
+from lightning_prune.errors import TraceError
+from lightning_prune.inputs import ExampleInputs, Inputs, bind
+from lightning_prune.labels import Flow, LabelArray, Labels, LabelSpace
+from lightning_prune.tensors import named_tensors
+from lightning_prune.trace import SUBSTRATES, Setting, run
+from lightning_prune.types import ChannelGroup, Member
+
+log = logging.getLogger(__name__)
+
+Shapes: TypeAlias = list[tuple[int, ...]]
+Runs: TypeAlias = dict[Setting, Shapes]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What a reading of a model gives.
+
+    Attributes:
+        groups: The channel groups in the order in which the model makes them.
+        inputs: The inputs that it was read with.
+        runs: How the model was run, and the shapes of its outputs each time.
+        unknown: The operations without a handler that channels went into.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    inputs: Inputs
+    runs: Mapping[Setting, Shapes] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
+
+
+def find_groups(
+    model: nn.Module, example_inputs: ExampleInputs, ignore: Sequence[str] = ()
+) -> tuple[ChannelGroup, ...]:
+    """Find the channels that can only go together.
+
+    The model runs once on tensors without memory, and every operation says how the channels pass through it.
+    The model is not changed: neither its mode, nor its buffers, nor the random state.
+
+    Args:
+        model: Any module.
+        example_inputs: A tensor, a tuple of positional inputs, a dict of keyword inputs, or a whole batch.
+        ignore: Patterns of module names that are not to be touched (`fnmatch` style); a pattern that matches a
+            module covers all that is inside it.
+
+    Returns:
+        The channel groups in the order in which the model makes them, frozen ones included.
+
+    Raises:
+        ValueError: A pattern of `ignore` matches no module.
+        TraceError: The model's forward fails on the example inputs.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        >>> for group in find_groups(net, torch.zeros(1, 3, 8, 8)):
+        ...     print(group.name, group.size, group.frozen)
+        0 8 None
+        3 4 reaches the model's output
+    """
+    return read(model, example_inputs, ignore).groups
+
+
+def read(model: nn.Module, example_inputs: ExampleInputs, ignore: Sequence[str] = ()) -> Graph:
+    """Find the channel groups and keep what is needed to verify a cut; see `find_groups`."""
+    ignored = _ignored(model, ignore)
+    inputs = bind(model, example_inputs)
+    index = _Index({name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()})
+    flow, runs, unread = _run_all(model, inputs, index)
+    for name, pattern in ignored.items():
+        for labels in index.labels.get(name, ()):
+            flow.freeze(labels, f"is ignored by the pattern {pattern!r}")
+    for name in unread:
+        for labels in index.labels[name]:
+            flow.freeze(labels, "is not used by the forward pass")
+    if flow.unknown:
+        warnings.warn(
+            f"No handler for {', '.join(sorted(flow.unknown))}: the channels that enter there are frozen. "
+            "Write one (CONTRIBUTING.md, 'Add an op handler'), or ignore this if those layers may stay as they are.",
+            stacklevel=3,
+        )
+    return Graph(tuple(_groups(flow, index)), inputs, runs, tuple(sorted(flow.unknown)))
+
+
+def _ignored(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:
+    """Return tensor name -> the pattern that protects it."""
+    if isinstance(patterns, str):
+        raise TypeError(f"`ignore` is a sequence of module-name patterns; got the string {patterns!r}: wrap it in a list.")
+    modules = dict(model.named_modules())
+    protected: dict[str, str] = {}
+    for pattern in patterns:
+        matching = [name for name in modules if name and fnmatchcase(name, pattern)]
+        if not matching:
+            raise ValueError(
+                f"`ignore` pattern {pattern!r} matches no module. Modules are named as `model.named_modules()` "
+                f"prints them, for example {', '.join(list(modules)[1:4])}."
+            )
+        for name in matching:
+            own = [*modules[name].named_parameters(name), *modules[name].named_buffers(name)]
+            protected.update({tensor: pattern for tensor, _ in own})
+    return protected
+
+
+def _run_all(model: nn.Module, inputs: Inputs, index: _Index) -> tuple[Flow, Runs, set[str]]:
+    """Run in eval mode, and in train mode too where that reaches parameters which eval mode leaves unread."""
+    setting, flow, shapes, unread = _run_eval(model, inputs, index)
+    runs = {setting: shapes}
+    if unread & {name for name, _ in model.named_parameters()}:
+        train = Setting(setting.substrate, training=True)
+        try:
+            runs[train], also_unread = run(model, inputs, train, flow, named_tensors(model), index.labels)
+            unread &= also_unread
+        except Exception as error:
+            warnings.warn(
+                f"{min(unread)} and {len(unread) - 1} more tensors are not read in eval mode, and the forward fails in "
+                f"train mode: {error}. If they are part of the training, pass example inputs that train mode accepts.",
+                stacklevel=4,
+            )
+    return flow, runs, unread
+
+
+def _run_eval(model: nn.Module, inputs: Inputs, index: _Index) -> tuple[Setting, Flow, Shapes, set[str]]:
+    failure: Exception | None = None
+    for substrate in SUBSTRATES:
+        setting, flow = Setting(substrate), Flow(LabelSpace(len(index.tensor_dim)))
+        try:
+            shapes, unread = run(model, inputs, setting, flow, named_tensors(model), index.labels)
+        except Exception as error:
+            log.debug("forward on %s tensors failed", substrate, exc_info=error)
+            failure = error
+        else:
+            if substrate == "real":
+                warnings.warn(
+                    "The forward pass depends on values, so it was read on the real tensors: what was found holds "
+                    "for the branches that these example inputs take.",
+                    stacklevel=5,
+                )
+            return setting, flow, shapes, unread
+    raise TraceError(
+        f"The forward of {type(model).__name__} fails on `example_inputs`: {type(failure).__name__}: {failure}. "
+        "Pass inputs of the shape and dtype that the model is trained on."
+    ) from failure
+
+
+class _Index:
+    """Numbers the positions of all dimensions of all tensors one after the other.
+
+    Args:
+        shapes: Tensor name -> its shape.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.places = [(name, dim) for name, shape in shapes.items() for dim in range(len(shape))]
+        sizes = [size for shape in shapes.values() for size in shape]
+        starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
+        self.tensor_dim: LabelArray = np.repeat(np.arange(len(sizes)), sizes)
+        self.position: LabelArray = np.arange(starts[-1]) - starts[self.tensor_dim]
+        ranges = iter(np.arange(start, stop) for start, stop in zip(starts[:-1], starts[1:], strict=True))
+        self.labels: dict[str, Labels] = {name: tuple(next(ranges) for _ in shape) for name, shape in shapes.items()}
+
+
+def _groups(flow: Flow, index: _Index) -> Iterator[ChannelGroup]:
+    """Gather the labels into channels, and the channels that live in the same places into groups."""
+    count = len(index.tensor_dim)
+    if not count:
+        return
+    roots = flow.space.roots()
+    reason, reasons = flow.space.reasons()
+    made = _made_order(flow, roots)
+    order = np.lexsort((index.position, index.tensor_dim, roots[:count]))
+    channel_root, start = np.unique(roots[:count][order], return_index=True)
+    signature = np.add.reduceat(_hashes(len(index.places))[index.tensor_dim[order]], start)
+    length = np.diff(np.append(start, count))
+    keep = np.flatnonzero((made[channel_root] >= 0) | ((reason[channel_root] < 0) & _spans_tensors(index, order, start)))
+    keys = np.stack([signature[keep].view(np.int64), reason[channel_root[keep]], length[keep]])
+    _, inverse = np.unique(keys, axis=1, return_inverse=True)
+    found = []
+    for group in range(inverse.max() + 1 if len(keep) else 0):
+        channels = keep[inverse.reshape(-1) == group]
+        cells = order[start[channels][:, None] + np.arange(length[channels[0]])]
+        frozen = reason[channel_root[channels[0]]]
+        first = made[channel_root[channels]].min()
+        found.append((first if first >= 0 else len(made), cells, reasons[frozen] if frozen >= 0 else None))
+    yield from _named(sorted(found, key=lambda item: (item[0], item[1].min())), flow, index)
+
+
+def _made_order(flow: Flow, roots: LabelArray) -> LabelArray:
+    """Return for every root when it was first made, counted in makings, or -1."""
+    never = len(flow.made)
+    first = np.full(len(roots), never)
+    for moment, labels in enumerate(flow.made):
+        np.minimum.at(first, roots[labels], moment)
+    first[first == never] = -1
+    return first
+
+
+def _spans_tensors(index: _Index, order: LabelArray, start: LabelArray) -> LabelArray:
+    places = index.tensor_dim[order]
+    low, high = np.minimum.reduceat(places, start), np.maximum.reduceat(places, start)
+    return (low != high).astype(np.int64)
+
+
+def _hashes(count: int) -> np.ndarray:
+    """Return well mixed 64-bit numbers (splitmix64), so that a sum of them tells a set of places."""
+    with np.errstate(over="ignore"):
+        mixed = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return mixed ^ (mixed >> np.uint64(31))
+
+
+def _named(
+    found: Sequence[tuple[int, LabelArray, str | None]], flow: Flow, index: _Index
+) -> Iterator[ChannelGroup]:
+    """Give each group the name of the module that makes its channels."""
+    makers = _maker_places(flow, index)
+    taken: dict[str, int] = {}
+    for moment, cells, frozen in found:
+        places = index.tensor_dim[cells[0]]
+        maker = next((place for place in makers.get(moment, ()) if place in places), places[0])
+        rank = np.argsort(index.position[cells[:, int(np.argmax(places == maker))]], kind="stable")
+        name = index.places[maker][0].rpartition(".")[0]
+        seen = taken[name] = taken.get(name, 0) + 1
+        members = tuple(_members(cells[rank], places, index))
+        yield ChannelGroup(name if seen == 1 else f"{name}#{seen}", len(cells), members, frozen)
+
+
+def _maker_places(flow: Flow, index: _Index) -> dict[int, list[int]]:
+    """Return for each making the tensor dimensions whose own labels it passed on."""
+    count = len(index.tensor_dim)
+    return {
+        moment: list(dict.fromkeys(index.tensor_dim[labels[labels < count]].tolist()))
+        for moment, labels in enumerate(flow.made)
+    }
+
+
+def _members(cells: LabelArray, places: LabelArray, index: _Index) -> Iterator[Member]:
+    for place in dict.fromkeys(places.tolist()):
+        tensor, dim = index.places[place]
+        yield Member(tensor, dim, torch.from_numpy(index.position[cells[:, places == place]]))

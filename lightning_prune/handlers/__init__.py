@@ -1,0 +1,19 @@
+"""How each ATen operation carries labels from its inputs to its outputs."""
+
+from lightning_prune.handlers import contraction, factories, movement, normalization, pointwise, pooling, reduction
+from lightning_prune.handlers.registry import Call, handler_for, handles, packets, tensors_in
+
+__all__ = [
+    "Call",
+    "contraction",
+    "factories",
+    "handler_for",
+    "handles",
+    "movement",
+    "normalization",
+    "packets",
+    "pointwise",
+    "pooling",
+    "reduction",
+    "tensors_in",
+]

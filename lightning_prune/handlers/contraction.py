@@ -1,0 +1,99 @@
+"""Contractions tie what they sum over and pass on the free dimensions."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_prune.handlers.pointwise import align
+from lightning_prune.handlers.registry import Call, handles
+from lightning_prune.labels import Flow, LabelArray
+
+aten = torch.ops.aten
+
+
+@handles(aten.convolution)
+def convolution(flow: Flow, call: Call) -> None:
+    """Input channels meet the weight's; with several convolution groups the i-th channels of all are tied.
+
+    The weight is (out, in / groups, *kernel), for a transposed convolution (in, out / groups, *kernel).
+    """
+    outer, inner, *kernel = flow.of(call["weight"])
+    for extent in kernel:
+        flow.freeze(extent, "is the extent of a kernel")
+    *batch, source = flow.of(call["input"])[: -len(kernel)]
+    groups, where = call["groups"], call.name
+    if groups == 1:
+        flow.tie(source, outer if call["transposed"] else inner, where)
+        made = inner if call["transposed"] else outer
+    elif call["transposed"]:
+        made = _grouped_transposed(flow, source, outer, inner, groups, where)
+    else:
+        made = _grouped(flow, source, outer, inner, groups, where)
+    flow.make(made)
+    _tie_bias(flow, made, call["bias"], where)
+    flow.put(call.out, [*batch, made, *[None] * len(kernel)])
+
+
+def _grouped(
+    flow: Flow, source: LabelArray | None, outer: LabelArray | None, inner: LabelArray | None, groups: int, where: str
+) -> LabelArray | None:
+    """Return the output channels of a grouped convolution; depthwise ones follow their input channel."""
+    if inner is not None:
+        _tie_groups(flow, outer, groups)
+        _tie_groups(flow, source, groups)
+        flow.tie(None if source is None else source[: len(inner)], inner, where)
+    elif outer is not None:
+        flow.tie(None if source is None else np.repeat(source, len(outer) // groups), outer, where)
+    return outer
+
+
+def _grouped_transposed(
+    flow: Flow, source: LabelArray | None, outer: LabelArray | None, inner: LabelArray | None, groups: int, where: str
+) -> LabelArray | None:
+    """Return the output channels of a grouped transposed convolution."""
+    flow.tie(source, outer, where)
+    if outer is not None and len(outer) == groups:
+        flow.freeze(inner, f"is the channel multiplier of a depthwise convolution in {where}")
+        return np.repeat(outer, 1 if inner is None else len(inner))
+    _tie_groups(flow, outer, groups)
+    if inner is None:
+        return flow.fixed(groups, f"is a convolution group's only output channel in {where}")
+    return np.tile(inner, groups)
+
+
+def _tie_groups(flow: Flow, labels: LabelArray | None, groups: int) -> None:
+    if labels is not None:
+        rows = labels.reshape(groups, -1)
+        flow.space.tie(rows, rows[:1])
+
+
+def _tie_bias(flow: Flow, made: LabelArray | None, bias: Tensor | None, where: str) -> None:
+    if bias is not None and bias.numel() > 1:
+        flow.tie(made, flow.of(bias)[0], where)
+
+
+@handles(aten.mm, aten.bmm, aten.mv, aten.dot, aten.vdot, aten.addmm, aten.addmv, aten.addbmm, aten.baddbmm)
+def matmul(flow: Flow, call: Call) -> None:
+    """The last dimension of the left factor meets the last but one (or only) dimension of the right one."""
+    *bias, left, right = call.tensors[:3]
+    lefts, rights = list(flow.of(left)), list(flow.of(right))
+    flow.tie(lefts.pop(), rights.pop(max(len(rights) - 2, 0)), call.name)
+    batch = [align(flow, pair, call.name) for pair in zip(lefts[:-1], rights[:-1], strict=False)]
+    result = batch + lefts[-1:] + rights[-1:] if right.dim() > 1 else batch + lefts[-1:]
+    result = result[len(result) - call.out.dim() :]
+    for labels in result[len(batch) :]:
+        flow.make(labels)
+    _tie_addend(flow, result, bias, call.out, call.name)
+    flow.put(call.out, result)
+
+
+def _tie_addend(
+    flow: Flow, result: list[LabelArray | None], addends: list[Tensor], out: Tensor, where: str
+) -> None:
+    """Tie what a fused addition aligns; it broadcasts as any other."""
+    for addend in addends:
+        for from_right in range(1, addend.dim() + 1):
+            if addend.shape[-from_right] > 1:
+                flow.tie(result[-from_right], flow.of(addend)[-from_right], where)

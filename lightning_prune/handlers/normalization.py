@@ -1,0 +1,64 @@
+"""Normalisations tie the channels of their input to their scale, shift and running statistics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_prune.handlers.registry import Call, handles, packets, tensors_in
+from lightning_prune.labels import Flow, LabelArray
+
+aten = torch.ops.aten
+
+_BATCH_NORMS = packets(
+    "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training _batch_norm_with_update "
+    "_batch_norm_with_update_functional _batch_norm_no_update batch_norm_with_update cudnn_batch_norm miopen_batch_norm"
+)
+
+
+@handles(*_BATCH_NORMS)
+def batch_norm(flow: Flow, call: Call) -> None:
+    """Everything of shape (C,) belongs to dimension 1 of the input."""
+    source, *others = call.tensors
+    channels = flow.of(source)[1]
+    _tie_all(flow, channels, others, call.name)
+    result, *statistics = tensors_in(call.out)
+    flow.put(result, flow.of(source))
+    for tensor in statistics:
+        if tensor.dim() == 1 and tensor.shape[0] == source.shape[1]:
+            flow.put(tensor, [channels])
+
+
+def _tie_all(flow: Flow, channels: LabelArray | None, tensors: list[Tensor], where: str) -> None:
+    for tensor in tensors:
+        if tensor.numel() > 1:
+            flow.tie(channels, flow.of(tensor)[0], where)
+
+
+@handles(*packets("native_layer_norm _fused_rms_norm"))
+def layer_norm(flow: Flow, call: Call) -> None:
+    """The normalised dimensions are those of scale and shift; the statistics do not care about their order."""
+    source: Tensor = call["input"]
+    labels = flow.of(source)
+    normalized = len(call["normalized_shape"])
+    for tensor in call.tensors[1:]:
+        for dim in range(normalized):
+            if tensor.shape[dim] > 1:
+                flow.tie(labels[dim - normalized], flow.of(tensor)[dim], call.name)
+    result, *statistics = tensors_in(call.out)
+    flow.put(result, labels)
+    for tensor in statistics:
+        if tensor.dim() == source.dim():
+            flow.put(tensor, [*labels[:-normalized], *[None] * normalized])
+
+
+@handles(*packets("native_group_norm"))
+def group_norm(flow: Flow, call: Call) -> None:
+    """Groups stay equal: their i-th channels are tied, unless each channel is a group of its own or all are one."""
+    source: Tensor = call["input"]
+    channels, groups = flow.of(source)[1], call["group"]
+    if channels is not None and 1 < groups < len(channels):
+        rows = channels.reshape(groups, -1)
+        flow.space.tie(rows, rows[:1])
+    _tie_all(flow, channels, call.tensors[1:], call.name)
+    flow.put(call.out[0], flow.of(source))

@@ -1,0 +1,59 @@
+"""Reductions: what is summed over does not care about order; what depends on order freezes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_prune.handlers.registry import Call, handles, packets, tensors_in
+from lightning_prune.labels import Flow, LabelArray
+
+aten = torch.ops.aten
+
+
+def _reduced(call: Call, ndim: int) -> set[int]:
+    dims = call["dim"] if "dim" in call else None
+    if dims is None or dims == []:
+        return set(range(ndim))
+    return {dim % ndim for dim in ([dims] if isinstance(dims, int) else dims)} if ndim else set()
+
+
+def _remaining(call: Call, labels: tuple[LabelArray | None, ...], reduced: set[int]) -> list[LabelArray | None]:
+    keepdim = "keepdim" in call and call["keepdim"]
+    return [None if dim in reduced else part for dim, part in enumerate(labels) if keepdim or dim not in reduced]
+
+
+@handles(*packets("sum mean prod amax amin nansum any all var std var_mean std_mean norm linalg_vector_norm logsumexp"))
+def symmetric(flow: Flow, call: Call) -> None:
+    """A reduction that any order of the elements leaves the same: reduced labels are free, the others pass."""
+    source: Tensor = call.tensors[0]
+    labels = _remaining(call, flow.of(source), _reduced(call, source.dim()))
+    for out in tensors_in(call.out):
+        flow.put(out, labels)
+
+
+@handles(*packets("max min argmax argmin median mode kthvalue aminmax"))
+def extremum(flow: Flow, call: Call) -> None:
+    """Extreme values are symmetric too, but where they were found is a channel's number."""
+    source: Tensor = call.tensors[0]
+    if len(call.tensors) > 1:
+        raise LookupError(call.name)
+    reduced = _reduced(call, source.dim())
+    labels = flow.of(source)
+    for out in tensors_in(call.out):
+        flow.put(out, _remaining(call, labels, reduced))
+        if not out.is_floating_point():
+            for dim in reduced:
+                flow.taint(out, labels[dim], f"is addressed by number after {call.name}")
+
+
+@handles(*packets("cumsum cumprod cummax cummin logcumsumexp sort argsort topk"))
+def ordered(flow: Flow, call: Call) -> None:
+    """What runs along a dimension in order freezes it; the other dimensions pass."""
+    source: Tensor = call.tensors[0]
+    labels = list(flow.of(source))
+    if labels:
+        flow.freeze(labels[call["dim"]], f"depends on the order of the channels in {call.name}")
+        labels[call["dim"]] = None
+    for out in tensors_in(call.out):
+        flow.put(out, labels)

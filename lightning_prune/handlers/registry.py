@@ -1,0 +1,115 @@
+"""The list of handlers, and the call that a handler explains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
+
+from lightning_prune.labels import Flow
+
+
+@cache
+def _signature(op: OpOverload) -> tuple[dict[str, int], dict[str, Any]]:
+    arguments = op._schema.arguments
+    places = {argument.name: place for place, argument in enumerate(arguments)}
+    return places, {argument.name: argument.default_value for argument in arguments}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One ATen operation as it was called.
+
+    Attributes:
+        op: The overload.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        out: What it returned.
+    """
+
+    op: OpOverload
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    out: Any
+
+    def __getitem__(self, name: str) -> Any:
+        """Return the argument that the operation's schema calls `name`, defaults included."""
+        if name in self.kwargs:
+            return self.kwargs[name]
+        places, defaults = _signature(self.op)
+        place = places[name]
+        return self.args[place] if place < len(self.args) else defaults[name]
+
+    def __contains__(self, name: object) -> bool:
+        """Tell whether the operation's schema has an argument called `name`."""
+        return name in _signature(self.op)[0]
+
+    @property
+    def name(self) -> str:
+        """The operation's name, as in `aten.add.Tensor`."""
+        return str(self.op)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors that go in, those in lists included."""
+        return list(tensors_in((self.args, self.kwargs)))
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, tuples and mappings, and in the attributes of plain output objects."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (list, tuple, set)):
+        for item in value:
+            yield from tensors_in(item)
+    elif hasattr(value, "__dataclass_fields__"):
+        yield from tensors_in(vars(value))
+
+
+Handler: TypeAlias = Callable[[Flow, Call], None]
+
+_handlers: dict[OpOverloadPacket, Handler] = {}
+_pointwise: list[Handler] = []
+
+
+def handles(*ops: OpOverloadPacket) -> Callable[[Handler], Handler]:
+    """Register a handler for all overloads of the operations and for their in-place twins."""
+
+    def register(handler: Handler) -> Handler:
+        _handlers.update(dict.fromkeys(ops, handler))
+        return handler
+
+    return register
+
+
+def handles_pointwise(handler: Handler) -> Handler:
+    """Register the handler of every operation that torch tags as pointwise."""
+    _pointwise.append(handler)
+    return handler
+
+
+def packets(names: str) -> list[OpOverloadPacket]:
+    """Look up ATen operations by name; those that this version of torch does not have are left out."""
+    return [getattr(torch.ops.aten, name) for name in names.split() if hasattr(torch.ops.aten, name)]
+
+
+@cache
+def handler_for(op: OpOverload) -> Handler | None:
+    """Find the handler of an operation, of its functional twin, or of all pointwise operations."""
+    if torch.Tag.pointwise in op.tags:
+        return _pointwise[0]
+    name = op._schema.name.removeprefix("aten::")
+    for packet in [op.overloadpacket, *packets(name.removesuffix("_"))]:
+        if packet in _handlers:
+            return _handlers[packet]
+        if any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads()):
+            return _pointwise[0]
+    return None

@@ -1,0 +1,172 @@
+"""The cuts that a model has been through: kept with it, written to checkpoints, done again on a dense model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from lightning_prune.errors import HistoryError
+from lightning_prune.surgery import Cut, apply
+from lightning_prune.tensors import named_tensors
+from lightning_prune.types import Change, PruneRecord
+
+KEY = "pruning_history"
+"""Under this key the history lies in a checkpoint."""
+
+_ATTRIBUTE = "_pruning_history"
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def history_of(model: nn.Module) -> tuple[PruneRecord, ...]:
+    """Return all cuts of a model in order."""
+    records: tuple[PruneRecord, ...] = model.__dict__.get(_ATTRIBUTE, ())
+    return records
+
+
+def append(model: nn.Module, record: PruneRecord) -> None:
+    """Add a cut that happened to the model's history."""
+    model.__dict__[_ATTRIBUTE] = (*history_of(model), record)
+
+
+def to_plain(records: Sequence[PruneRecord]) -> list[dict[str, Any]]:
+    """Turn records into dicts, lists, numbers and strings, which `torch.load(weights_only=True)` reads."""
+    return [_plain(asdict(record)) for record in records]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def from_plain(plain: object) -> tuple[PruneRecord, ...]:
+    """Read what `to_plain` has made.
+
+    Raises:
+        HistoryError: It is something else.
+    """
+    try:
+        return tuple(_record(item) for item in plain)  # type: ignore[attr-defined]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise HistoryError(
+            f"The pruning history is damaged or from another version ({type(error).__name__}: {error}). "
+            "Load a checkpoint that this version of lightning_prune has written."
+        ) from error
+
+
+def _record(plain: Mapping[str, Any]) -> PruneRecord:
+    return PruneRecord(
+        **{
+            **plain,
+            "channels": {str(name): Change(**change) for name, change in plain["channels"].items()},
+            "params": Change(**plain["params"]),
+            "macs": Change(**plain["macs"]),
+            "shapes": {str(name): tuple(map(int, shape)) for name, shape in plain["shapes"].items()},
+            "kept": {
+                str(name): {int(dim): tuple(map(int, positions)) for dim, positions in dims.items()}
+                for name, dims in plain["kept"].items()
+            },
+            "attributes": {
+                str(name): {str(key): tuple(value) if isinstance(value, list) else int(value) for key, value in values.items()}
+                for name, values in plain["attributes"].items()
+            },
+        }
+    )
+
+
+def replay(model: nn.Module, records: Sequence[PruneRecord]) -> None:
+    """Do the cuts of a history again on a dense model, so that its weights fit.
+
+    Args:
+        model: The dense model, or one that has been through the first of these cuts already.
+        records: The history to reach.
+
+    Raises:
+        HistoryError: The model has other layers, or has been through other cuts.
+    """
+    done = history_of(model)
+    if tuple(records[: len(done)]) != done:
+        raise HistoryError(
+            f"The model has been through {len(done)} cuts that are not the first of this history's {len(records)}. "
+            "Build a dense model and load into that."
+        )
+    for record in records[len(done) :]:
+        _fit(model, record)
+        kept = {
+            name: {dim: torch.tensor(positions) for dim, positions in dims.items()} for name, dims in record.kept.items()
+        }
+        apply(model, Cut(record.shapes, kept, record.attributes))
+        append(model, record)
+
+
+def _fit(model: nn.Module, record: PruneRecord) -> None:
+    """Make sure that a record's cut is one of this model's."""
+    tensors = named_tensors(model)
+    modules = dict(model.named_modules())
+    for name, dims in record.kept.items():
+        have = tuple(tensors[name].shape) if name in tensors else None
+        if have != record.shapes.get(name):
+            raise HistoryError(
+                f"The history cuts {name} of shape {record.shapes.get(name)}, but the model's is {have}. "
+                "Build the model with the arguments that it was trained with."
+            )
+        for dim, positions in dims.items():
+            size = record.shapes[name][dim] if 0 <= dim < len(record.shapes[name]) else 0
+            ascending = all(low < high for low, high in pairwise(positions))
+            if not (positions and ascending and positions[0] >= 0 and positions[-1] < size):
+                raise HistoryError(f"The history keeps impossible positions of {name}; the checkpoint is damaged.")
+    for name, values in record.attributes.items():
+        if name not in modules or not all(hasattr(modules[name], key) for key in values):
+            raise HistoryError(f"The history sets sizes of the module {name!r}, which the model does not have.")
+
+
+def save_pruned(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write weights and history of a model; the file appears whole or not at all.
+
+    Args:
+        model: The pruned model.
+        path: Where to; `load_pruned` reads it.
+    """
+    target = Path(path)
+    unfinished = target.with_name(f"{target.name}.unfinished")
+    torch.save({"state_dict": model.state_dict(), KEY: to_plain(history_of(model))}, unfinished)
+    unfinished.replace(target)
+
+
+def load_pruned(model: Model, path: str | os.PathLike[str]) -> Model:
+    """Load a pruned checkpoint into a freshly built dense model.
+
+    Args:
+        model: The dense model, built as it was for training; changed in place.
+        path: A checkpoint that a Trainer with a prune callback, or `save_pruned`, has written.
+
+    Returns:
+        The model, cut to the shapes of the checkpoint and with its weights.
+
+    Raises:
+        HistoryError: The file is no such checkpoint, or does not fit the model.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        state, plain = checkpoint["state_dict"], checkpoint[KEY]
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise HistoryError(
+            f"{path} is no checkpoint with a pruning history ({type(error).__name__}: {error}). Save with a prune "
+            "callback in the Trainer, or with `save_pruned`."
+        ) from error
+    replay(model, from_plain(plain))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise HistoryError(f"The weights of {path} do not fit the model: {error}") from error
+    return model

@@ -1,0 +1,86 @@
+"""Example inputs in any form that people have them, bound to a model's forward."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+ExampleInputs: TypeAlias = Any
+"""A tensor, a tuple of positional inputs, a dict of keyword inputs, or a whole batch of a data loader."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the model's forward is called with."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """Return the same inputs with each tensor changed."""
+
+        def leaf(value: Any) -> Any:
+            return change(value) if isinstance(value, Tensor) else value
+
+        return Inputs(tree_map(leaf, self.args), tree_map(leaf, dict(self.kwargs)))
+
+    def call(self, model: nn.Module) -> Any:
+        """Run the model."""
+        return model(*self.args, **self.kwargs)
+
+
+def bind(model: nn.Module, example: ExampleInputs) -> Inputs:
+    """Bind example inputs to the model's forward.
+
+    Args:
+        model: The model whose forward takes them.
+        example: A tensor is the only input. A tuple holds the positional inputs, a dict the keyword inputs.
+            A batch as a data loader yields it (a list, or more entries than forward takes) gives forward as many
+            leading entries as it requires; a dict batch gives it the keys that it knows, or itself as a whole
+            where forward knows none of them.
+
+    Raises:
+        TypeError: The example is None or holds no tensor that forward could take.
+    """
+    if example is None:
+        raise TypeError("`example_inputs` is what the model's forward is called with; got None. Pass a tensor.")
+    if isinstance(example, Inputs):
+        return example
+    if isinstance(example, Mapping):
+        return _bind_mapping(model, example)
+    if isinstance(example, (list, tuple)) and not hasattr(example, "_fields"):
+        return Inputs(_leading(model, example))
+    return Inputs((example,))
+
+
+def _parameters(model: nn.Module) -> list[inspect.Parameter]:
+    return list(inspect.signature(model.forward).parameters.values())
+
+
+def _leading(model: nn.Module, example: list[Any] | tuple[Any, ...]) -> tuple[Any, ...]:
+    parameters = _parameters(model)
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        return tuple(example)
+    positional = [parameter for parameter in parameters if parameter.kind in _POSITIONAL]
+    required = [parameter for parameter in positional if parameter.default is parameter.empty]
+    if isinstance(example, tuple) and len(example) <= len(positional):
+        return tuple(example)
+    return tuple(example[: max(len(required), 1)])
+
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def _bind_mapping(model: nn.Module, example: Mapping[str, Any]) -> Inputs:
+    parameters = _parameters(model)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return Inputs(kwargs=dict(example))
+    known = {parameter.name for parameter in parameters} & set(example)
+    if not known:
+        return Inputs((example,))
+    return Inputs(kwargs={name: example[name] for name in example if name in known})

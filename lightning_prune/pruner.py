@@ -1,0 +1,245 @@
+"""The pipeline on one page, without Lightning: read, score, allocate, remove, record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from lightning_prune import history
+from lightning_prune.allocation import Allocation, Limits, Uniform, allocate
+from lightning_prune.cost import count_macs, count_params
+from lightning_prune.criteria import Criterion, Magnitude, score_groups
+from lightning_prune.graph import Graph, read
+from lightning_prune.inputs import ExampleInputs
+from lightning_prune.surgery import Cut, apply, cut_shapes, prepare, verify
+from lightning_prune.types import UNITS, Change, PruneRecord, PruningPlan, Unit
+
+_SEARCH_STEPS = 14
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a prune event.
+
+    Attributes:
+        pruning_ratio: Fraction to be gone afterwards, counted against the dense model, in [0, 1).
+        of: What it is a fraction of: "channels" (of all that can be pruned), "params" or "macs" (of the model).
+        criterion: How channels are scored.
+        allocation: How the ratio is shared out over the groups.
+        ignore: Patterns of module names that are not to be touched.
+        limits: What no plan goes beyond.
+
+    Raises:
+        ValueError: The ratio is outside [0, 1), or the unit is unknown.
+    """
+
+    pruning_ratio: float
+    of: Unit = "channels"
+    criterion: Criterion = field(default_factory=Magnitude)
+    allocation: Allocation = field(default_factory=Uniform)
+    ignore: tuple[str, ...] = ()
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.pruning_ratio < 1:
+            raise ValueError(
+                f"`pruning_ratio` is the fraction of {self.of} to remove, in [0, 1); got {self.pruning_ratio}. "
+                "For 40 % pass 0.4."
+            )
+        if self.of not in UNITS:
+            raise ValueError(f"`of` is what the ratio counts, one of {', '.join(map(repr, UNITS))}; got {self.of!r}.")
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    pruning_ratio: float,
+    of: Unit = "channels",
+    criterion: Criterion | None = None,
+    allocation: Allocation | None = None,
+    ignore: Sequence[str] = (),
+    min_channels: int = 1,
+    round_to: int | None = None,
+) -> PruneRecord:
+    """Cut channels out of a model.
+
+    Args:
+        model: Any module; changed in place, its parameters stay the same objects.
+        example_inputs: A tensor, a tuple of positional inputs, a dict of keyword inputs, or a whole batch.
+        pruning_ratio: Fraction to be gone afterwards, counted against the dense model also when called again.
+        of: What it is a fraction of: "channels" (of all that can be pruned), "params" or "macs" (of the model).
+        criterion: How channels are scored; `Magnitude()` if None.
+        allocation: How the ratio is shared out over the groups; `Uniform()` if None.
+        ignore: Patterns of module names that are not to be touched.
+        min_channels: Channels that each group keeps at least.
+        round_to: Widths are rounded to the nearest multiple of it.
+
+    Returns:
+        What was asked, what was reached, and what held it back. It is the last of `history_of(model)` too.
+
+    Raises:
+        ValueError: An argument is wrong, or no group can be pruned.
+        PruningError: The model cannot be read, or its weights are not finite; it is unchanged.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 2))
+        >>> record = prune(net, torch.zeros(1, 4), pruning_ratio=0.5)
+        >>> net[0].out_features, record.reached
+        (5, 0.5)
+    """
+    limits = Limits(min_channels, round_to)
+    request = Request(pruning_ratio, of, criterion or Magnitude(), allocation or Uniform(), tuple(ignore), limits)
+    draft = draft_cut(model, example_inputs, request)
+    apply(model, draft.cut)
+    history.append(model, draft.record)
+    return draft.record
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A cut that was planned and verified but not done.
+
+    Attributes:
+        cut: What it does to tensors and attributes.
+        record: What will stand in the history.
+    """
+
+    cut: Cut
+    record: PruneRecord
+
+
+def draft_cut(model: nn.Module, example_inputs: ExampleInputs, request: Request) -> Draft:
+    """Read, score, allocate and verify; the model is not changed.
+
+    A group whose cut would not work is frozen with the reason, and the rest is planned anew.
+    """
+    graph = read(model, example_inputs, request.ignore)
+    scores = score_groups(request.criterion, model, graph.groups)
+    if not scores:
+        frozen = "; ".join(f"{group.name}: {group.frozen}" for group in graph.groups if group.frozen)
+        raise ValueError(
+            f"{type(request.criterion).__name__} finds nothing to prune in {type(model).__name__}: "
+            f"{frozen or 'no group that it can score'}. Choose another criterion, or loosen `ignore`."
+        )
+    baseline = Baseline.of(model, graph, scores)
+    refused: dict[str, str] = {}
+    while True:
+        free = {name: values for name, values in scores.items() if name not in refused}
+        plan = _plan(model, graph, free, request, baseline)
+        cut = prepare(model, graph, plan)
+        trouble = verify(model, graph, plan, cut)
+        if not trouble:
+            break
+        refused.update(trouble)
+    return Draft(cut, _record(model, graph, plan, cut, request, baseline, refused))
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The dense model that ratios are counted against, and what is left of it now.
+
+    Attributes:
+        channels: Group name -> dense channels, of the groups that count.
+        params: Dense parameters.
+        macs: Dense multiply-accumulates.
+        macs_now: Multiply-accumulates now.
+    """
+
+    channels: Mapping[str, int]
+    params: int
+    macs: int
+    macs_now: int
+
+    @classmethod
+    def of(cls, model: nn.Module, graph: Graph, scores: Mapping[str, Tensor]) -> Baseline:
+        """Take it from the model's history, or from the model itself while nothing has been cut."""
+        past = history.history_of(model)
+        macs_now = count_macs(model, graph.inputs)
+        known = past[0].channels if past else {}
+        channels = {name: known[name].dense if name in known else len(values) for name, values in scores.items()}
+        if not past:
+            return cls(channels, count_params(model), macs_now, macs_now)
+        return cls(channels, past[0].params.dense, past[0].macs.dense, macs_now)
+
+
+def _plan(
+    model: nn.Module, graph: Graph, scores: Mapping[str, Tensor], request: Request, baseline: Baseline
+) -> PruningPlan:
+    """Share the ratio out; for parameters and MACs, search for the ratio of channels that gives it."""
+
+    def plan_for(ratio: float) -> PruningPlan:
+        return allocate(scores, ratio, request.allocation, request.limits, baseline.channels)
+
+    def reached(plan: PruningPlan) -> float:
+        cut = prepare(model, graph, plan)
+        standins = cut_shapes(model, cut.kept)
+        if request.of == "params":
+            return 1 - count_params(model, standins) / baseline.params
+        return 1 - count_macs(model, graph.inputs, standins, cut.attributes) / max(baseline.macs, 1)
+
+    if request.of == "channels" or request.pruning_ratio == 0:
+        return plan_for(request.pruning_ratio)
+    return _search(plan_for, reached, request.pruning_ratio)
+
+
+def _search(
+    plan_for: Callable[[float], PruningPlan], reached: Callable[[PruningPlan], float], asked: float
+) -> PruningPlan:
+    """Find by bisection the smallest plan that reaches what is asked, or the largest that there is."""
+    low, high, best = 0.0, 1.0, plan_for(1.0)
+    if reached(best) < asked:
+        return best
+    for _ in range(_SEARCH_STEPS):
+        middle = (low + high) / 2
+        plan = plan_for(middle)
+        if len(plan) == len(best):
+            high = middle
+        elif reached(plan) >= asked:
+            high, best = middle, plan
+        else:
+            low = middle
+    return best
+
+
+def _record(
+    model: nn.Module,
+    graph: Graph,
+    plan: PruningPlan,
+    cut: Cut,
+    request: Request,
+    baseline: Baseline,
+    refused: Mapping[str, str],
+) -> PruneRecord:
+    past = history.history_of(model)
+    known = past[0].channels if past else {}
+    channels = {}
+    for group in graph.groups:
+        dense = known[group.name].dense if group.name in known else group.size
+        channels[group.name] = Change(dense, group.size, group.size - len(plan.removed.get(group.name, ())))
+    standins = cut_shapes(model, cut.kept)
+    params = Change(baseline.params, count_params(model), count_params(model, standins))
+    macs_after = count_macs(model, graph.inputs, standins, cut.attributes) if cut.kept else baseline.macs_now
+    macs = Change(baseline.macs, baseline.macs_now, macs_after)
+    counted = [channels[name] for name in baseline.channels]
+    total = Change(*(sum(getattr(change, part) for change in counted) for part in ("dense", "before", "after")))
+    frozen = {group.name: f"frozen: {group.frozen}" for group in graph.groups if group.frozen}
+    unscored = dict.fromkeys(
+        (name for name in channels if name not in baseline.channels and name not in frozen),
+        f"{type(request.criterion).__name__} has no score for it",
+    )
+    return PruneRecord(
+        asked=request.pruning_ratio,
+        of=request.of,
+        reached={"channels": total, "params": params, "macs": macs}[request.of].removed,
+        channels=channels,
+        params=params,
+        macs=macs,
+        held_back={**frozen, **unscored, **plan.held_back, **refused},
+        shapes=cut.shapes,
+        kept={name: {dim: tuple(kept.tolist()) for dim, kept in dims.items()} for name, dims in cut.kept.items()},
+        attributes=cut.attributes,
+    )

@@ -1,0 +1,89 @@
+"""What a cut gained, for people: tables for the terminal and a picture of the widths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from rich.table import Table
+
+from lightning_prune.types import Change, PruneRecord
+
+_INK, _PALE, _FULL = (40, 40, 40), (205, 212, 222), (38, 110, 180)
+_ROW, _LEFT, _BAR = 16, 260, 420
+
+
+def count(number: float) -> str:
+    """Write a count; a large one in three digits and a unit.
+
+    >>> count(11_689_512), count(2048)
+    ('11.7 M', '2048')
+    """
+    if number < 1e4:
+        return f"{number:.0f}"
+    size, unit = next(item for item in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if number >= item[0])
+    return f"{number / size:.3g} {unit}"
+
+
+def record_table(record: PruneRecord, title: str = "Pruned") -> Table:
+    """Tell one cut: what was asked and reached, each group's width, and what held it back."""
+    table = Table(title=f"{title}: asked {record.asked:.1%} of {record.of}, reached {record.reached:.1%}")
+    for column in ("", "dense", "before", "after"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_column("removed", justify="right")
+    table.add_column("held back by", overflow="fold", ratio=1)
+    for name, change in record.channels.items():
+        table.add_row(*_row(name, change), record.held_back.get(name, ""))
+    table.add_section()
+    table.add_row(*_row("parameters", record.params), "")
+    table.add_row(*_row("MACs", record.macs), "")
+    return table
+
+
+def _row(name: str, change: Change) -> tuple[str, ...]:
+    return (name, *map(count, (change.dense, change.before, change.after)), f"{change.removed:.1%}")
+
+
+def history_table(records: Sequence[PruneRecord]) -> Table:
+    """Tell all cuts of a training, a line each."""
+    table = Table(title="Prune events")
+    for column in ("epoch", "step", "asked", "reached", "parameters", "MACs", "removed"):
+        table.add_column(column, justify="right")
+    for record in records:
+        when = ("" if record.epoch is None else str(record.epoch), "" if record.step is None else str(record.step))
+        asked = (f"{record.asked:.1%} of {record.of}", f"{record.reached:.1%}")
+        left = (count(record.params.after), count(record.macs.after))
+        table.add_row(*when, *asked, *left, f"{record.macs.removed:.1%} of MACs")
+    return table
+
+
+def comparison_table(rows: Mapping[str, tuple[str, str]], title: str = "Dense against pruned") -> Table:
+    """Put two columns of finished texts side by side."""
+    table = Table(title=title)
+    table.add_column("")
+    table.add_column("dense", justify="right")
+    table.add_column("pruned", justify="right")
+    for name, (dense, pruned) in rows.items():
+        table.add_row(name, dense, pruned)
+    return table
+
+
+def widths_picture(channels: Mapping[str, Change]) -> NDArray[np.uint8]:
+    """Draw a bar for each group: its dense width pale, what is left of it full.
+
+    Returns:
+        An RGB picture of shape (height, width, 3).
+    """
+    widest = max((change.dense for change in channels.values()), default=1)
+    image = Image.new("RGB", (_LEFT + _BAR + 110, _ROW * len(channels) + 12), "white")
+    draw = ImageDraw.Draw(image)
+    for row, (name, change) in enumerate(channels.items()):
+        top = 6 + row * _ROW
+        label = name if len(name) <= 40 else f"...{name[-37:]}"
+        draw.text((_LEFT - 8 - draw.textlength(label), top + 1), label, fill=_INK)
+        for width, colour in ((change.dense, _PALE), (change.after, _FULL)):
+            draw.rectangle((_LEFT, top + 2, _LEFT + max(_BAR * width // widest, 1), top + _ROW - 4), fill=colour)
+        draw.text((_LEFT + _BAR * change.dense // widest + 6, top + 1), f"{change.after} of {change.dense}", fill=_INK)
+    return np.asarray(image)

@@ -1,0 +1,79 @@
+"""Where torch's own layers keep their sizes, and what they should be for the tensors that the layers hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from lightning_prune.types import Attributes
+
+Sizes: TypeAlias = dict[str, "int | tuple[int, ...]"]
+
+
+def _conv(layer: _ConvNd) -> Sizes:
+    outer, inner = layer.weight.shape[:2]
+    multiplier = layer.out_channels // layer.groups
+    transposed = isinstance(layer, _ConvTransposeNd)
+    depthwise = 1 < layer.groups == layer.in_channels
+    groups = layer.groups
+    if depthwise:
+        groups = outer if transposed else outer // multiplier
+    grouped = inner * groups
+    wide = {"out_channels": grouped, "in_channels": outer} if transposed else {"out_channels": outer, "in_channels": grouped}
+    return {**wide, "groups": groups}
+
+
+def _linear(layer: nn.Linear) -> Sizes:
+    return {"out_features": layer.weight.shape[0], "in_features": layer.weight.shape[1]}
+
+
+def _norm(layer: _NormBase) -> Sizes:
+    held = layer.weight if layer.weight is not None else layer.running_mean
+    return {} if held is None else {"num_features": held.shape[0]}
+
+
+def _layer_norm(layer: nn.LayerNorm | nn.RMSNorm) -> Sizes:
+    return {} if layer.weight is None else {"normalized_shape": tuple(layer.weight.shape)}
+
+
+def _group_norm(layer: nn.GroupNorm) -> Sizes:
+    if layer.weight is None:
+        return {}
+    channels = layer.weight.shape[0]
+    return {"num_channels": channels, "num_groups": channels if layer.num_groups == layer.num_channels else layer.num_groups}
+
+
+def _embedding(layer: nn.Embedding | nn.EmbeddingBag) -> Sizes:
+    return {"num_embeddings": layer.weight.shape[0], "embedding_dim": layer.weight.shape[1]}
+
+
+def _prelu(layer: nn.PReLU) -> Sizes:
+    return {"num_parameters": layer.weight.shape[0]}
+
+
+_TABLE: tuple[tuple[type | tuple[type, ...], Callable[..., Sizes]], ...] = (
+    (_ConvNd, _conv),
+    (nn.Linear, _linear),
+    (_NormBase, _norm),
+    ((nn.LayerNorm, nn.RMSNorm), _layer_norm),
+    (nn.GroupNorm, _group_norm),
+    ((nn.Embedding, nn.EmbeddingBag), _embedding),
+    (nn.PReLU, _prelu),
+)
+
+
+def stale_sizes(model: nn.Module) -> Attributes:
+    """Return the attributes that contradict the tensors now in the model, with the values that they should have."""
+    stale: dict[str, Sizes] = {}
+    for name, module in model.named_modules():
+        sizes = next((rule(module) for kind, rule in _TABLE if isinstance(module, kind)), {})
+        wrong = {attribute: value for attribute, value in sizes.items() if getattr(module, attribute) != value}
+        if wrong:
+            stale[name] = wrong
+    return stale
+
+

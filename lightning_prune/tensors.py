@@ -1,0 +1,66 @@
+"""A model's tensors by name, and other tensors put in their place for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from lightning_prune.types import Attributes
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers by their qualified names, each tensor once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def tensor_at(model: nn.Module, name: str) -> Tensor:
+    """Return one parameter or buffer by its qualified name."""
+    owner, _, leaf = name.rpartition(".")
+    tensor = getattr(model.get_submodule(owner), leaf)
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
+@contextmanager
+def swapped(
+    model: nn.Module, tensors: Mapping[str, Tensor], *, training: bool = False, attributes: Attributes | None = None
+) -> Iterator[None]:
+    """Put other tensors, another mode and other attributes into a model, and restore all of it afterwards.
+
+    Args:
+        model: The model. Whatever its forward assigns to attributes in the meantime is undone too.
+        tensors: Name -> what stands in for that tensor, wherever modules hold it.
+        training: The mode.
+        attributes: Module name -> attribute -> value.
+    """
+    own = {id(tensor): tensors[name] for name, tensor in named_tensors(model).items() if name in tensors}
+    modules = dict(model.named_modules())
+    saved = [
+        (part, dict(part))
+        for module in modules.values()
+        for part in (module.__dict__, module._parameters, module._buffers)
+    ]
+    try:
+        for module in modules.values():
+            _swap(module, own)
+            module.training = training
+        for name, values in (attributes or {}).items():
+            modules[name].__dict__.update(values)
+        yield
+    finally:
+        for part, content in saved:
+            part.clear()
+            part.update(content)
+
+
+def _swap(module: nn.Module, own: Mapping[int, Tensor]) -> None:
+    """Swap registered tensors, and those that a module keeps a second time in a list or an attribute."""
+    for part in (module._parameters, module._buffers):
+        part.update({key: own[id(tensor)] for key, tensor in part.items() if id(tensor) in own})
+    for key, value in module.__dict__.items():
+        if isinstance(value, list) and any(id(item) in own for item in value):
+            module.__dict__[key] = [own.get(id(item), item) for item in value]
+        elif id(value) in own:
+            module.__dict__[key] = own[id(value)]
