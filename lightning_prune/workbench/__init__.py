@@ -3,6 +3,7 @@
 from lightning_prune.workbench.augmentation import ShiftAndFlip
 from lightning_prune.workbench.classifier import Classifier
 from lightning_prune.workbench.data import Digits, MemoryImages, TorchvisionImages
+from lightning_prune.workbench.experiment import Experiment
 from lightning_prune.workbench.models import (
     VGG16BN,
     LeNet5,
@@ -19,6 +20,7 @@ __all__ = [
     "Classifier",
     "CutProbe",
     "Digits",
+    "Experiment",
     "LeNet5",
     "LeNet300",
     "MemoryImages",
