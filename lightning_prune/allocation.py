@@ -108,7 +108,9 @@ class Global(Allocation):
         """Rank all channels that may go, and count those that do."""
         gone = sum(dense.values()) - sum(len(scores[name]) if name in scores else dense[name] for name in dense)
         count = floor(ratio * sum(dense.values()) + 0.5) - gone
-        expendable = {name: values.sort(stable=True).values[: len(values) - least[name]] for name, values in scores.items()}
+        expendable = {
+            name: values.sort(stable=True).values[: len(values) - least[name]] for name, values in scores.items()
+        }
         owner = torch.cat([torch.full((len(part),), place) for place, part in enumerate(expendable.values())])
         order = torch.cat(list(expendable.values())).argsort(stable=True)
         losses = owner[order[: max(count, 0)]].bincount(minlength=len(scores)).tolist()

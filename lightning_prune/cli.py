@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -72,7 +71,9 @@ def experiment_from(config: DictConfig) -> Experiment:
     def trainer(name: str, callbacks: list[pl.Callback]) -> pl.Trainer:
         loggers = instantiate(config.logger) if name == "pruned" else False
         folder = Path(HydraConfig.get().runtime.output_dir) / name
-        made: pl.Trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers, default_root_dir=str(folder))
+        made: pl.Trainer = instantiate(
+            config.trainer, callbacks=callbacks, logger=loggers, default_root_dir=str(folder)
+        )
         return made
 
     return Experiment(
@@ -84,7 +85,7 @@ def write_whole(path: Path, text: str) -> None:
     """Write a file that appears whole or not at all."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    unfinished.replace(path)
 
 
 def _rows(summary: dict[str, Any]) -> dict[str, tuple[str, str]]:

@@ -66,7 +66,9 @@ def _batch_size(inputs: Inputs) -> int:
 
 def batch_of(inputs: Inputs, size: int) -> Inputs:
     """Return inputs with another batch size, by repeating the first example along dimension 0."""
-    return inputs.map(lambda tensor: tensor[:1].expand(size, *tensor.shape[1:]).contiguous() if tensor.dim() else tensor)
+    return inputs.map(
+        lambda tensor: tensor[:1].expand(size, *tensor.shape[1:]).contiguous() if tensor.dim() else tensor
+    )
 
 
 def measure_latency(model: nn.Module, inputs: Inputs, *, seconds: float = 0.5) -> float:

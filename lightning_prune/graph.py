@@ -7,10 +7,12 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from lightning_prune.errors import TraceError
@@ -76,7 +78,7 @@ def find_groups(
 
 def read(model: nn.Module, example_inputs: ExampleInputs, ignore: Sequence[str] = ()) -> Graph:
     """Find the channel groups and keep what is needed to verify a cut; see `find_groups`."""
-    ignored = _ignored(model, ignore)
+    ignored = ignored_tensors(model, ignore)
     inputs = bind(model, example_inputs)
     index = _Index({name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()})
     flow, runs, unread = _run_all(model, inputs, index)
@@ -95,10 +97,17 @@ def read(model: nn.Module, example_inputs: ExampleInputs, ignore: Sequence[str] 
     return Graph(tuple(_groups(flow, index)), inputs, runs, tuple(sorted(flow.unknown)))
 
 
-def _ignored(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:
-    """Return tensor name -> the pattern that protects it."""
+def ignored_tensors(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:
+    """Return tensor name -> the pattern that protects it.
+
+    Raises:
+        ValueError: A pattern matches no module.
+        TypeError: `patterns` is a single string.
+    """
     if isinstance(patterns, str):
-        raise TypeError(f"`ignore` is a sequence of module-name patterns; got the string {patterns!r}: wrap it in a list.")
+        raise TypeError(
+            f"`ignore` is a sequence of module-name patterns; got the string {patterns!r}: wrap it in a list."
+        )
     modules = dict(model.named_modules())
     protected: dict[str, str] = {}
     for pattern in patterns:
@@ -168,7 +177,7 @@ class _Index:
         starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
         self.tensor_dim: LabelArray = np.repeat(np.arange(len(sizes)), sizes)
         self.position: LabelArray = np.arange(starts[-1]) - starts[self.tensor_dim]
-        ranges = iter(np.arange(start, stop) for start, stop in zip(starts[:-1], starts[1:], strict=True))
+        ranges = (np.arange(start, stop) for start, stop in pairwise(starts))
         self.labels: dict[str, Labels] = {name: tuple(next(ranges) for _ in shape) for name, shape in shapes.items()}
 
 
@@ -184,7 +193,9 @@ def _groups(flow: Flow, index: _Index) -> Iterator[ChannelGroup]:
     channel_root, start = np.unique(roots[:count][order], return_index=True)
     signature = np.add.reduceat(_hashes(len(index.places))[index.tensor_dim[order]], start)
     length = np.diff(np.append(start, count))
-    keep = np.flatnonzero((made[channel_root] >= 0) | ((reason[channel_root] < 0) & _spans_tensors(index, order, start)))
+    keep = np.flatnonzero(
+        (made[channel_root] >= 0) | ((reason[channel_root] < 0) & _spans_tensors(index, order, start))
+    )
     keys = np.stack([signature[keep].view(np.int64), reason[channel_root[keep]], length[keep]])
     _, inverse = np.unique(keys, axis=1, return_inverse=True)
     found = []
@@ -210,21 +221,21 @@ def _made_order(flow: Flow, roots: LabelArray) -> LabelArray:
 def _spans_tensors(index: _Index, order: LabelArray, start: LabelArray) -> LabelArray:
     places = index.tensor_dim[order]
     low, high = np.minimum.reduceat(places, start), np.maximum.reduceat(places, start)
-    return (low != high).astype(np.int64)
+    spans: LabelArray = low != high
+    return spans
 
 
-def _hashes(count: int) -> np.ndarray:
+def _hashes(count: int) -> NDArray[np.uint64]:
     """Return well mixed 64-bit numbers (splitmix64), so that a sum of them tells a set of places."""
     with np.errstate(over="ignore"):
-        mixed = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        mixed: NDArray[np.uint64] = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return mixed ^ (mixed >> np.uint64(31))
+        mixed ^= mixed >> np.uint64(31)
+    return mixed
 
 
-def _named(
-    found: Sequence[tuple[int, LabelArray, str | None]], flow: Flow, index: _Index
-) -> Iterator[ChannelGroup]:
+def _named(found: Sequence[tuple[int, LabelArray, str | None]], flow: Flow, index: _Index) -> Iterator[ChannelGroup]:
     """Give each group the name of the module that makes its channels."""
     makers = _maker_places(flow, index)
     taken: dict[str, int] = {}

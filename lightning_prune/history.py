@@ -75,7 +75,9 @@ def _record(plain: Mapping[str, Any]) -> PruneRecord:
                 for name, dims in plain["kept"].items()
             },
             "attributes": {
-                str(name): {str(key): tuple(value) if isinstance(value, list) else int(value) for key, value in values.items()}
+                str(name): {
+                    str(key): tuple(value) if isinstance(value, list) else int(value) for key, value in values.items()
+                }
                 for name, values in plain["attributes"].items()
             },
         }
@@ -101,7 +103,8 @@ def replay(model: nn.Module, records: Sequence[PruneRecord]) -> None:
     for record in records[len(done) :]:
         _fit(model, record)
         kept = {
-            name: {dim: torch.tensor(positions) for dim, positions in dims.items()} for name, dims in record.kept.items()
+            name: {dim: torch.tensor(positions) for dim, positions in dims.items()}
+            for name, dims in record.kept.items()
         }
         apply(model, Cut(record.shapes, kept, record.attributes))
         append(model, record)

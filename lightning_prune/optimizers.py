@@ -24,7 +24,9 @@ def rebuild(optimizer: Optimizer, model: nn.Module, cut: Cut) -> None:
         model: The model after the cut.
         cut: What was cut.
     """
-    cut_parameters = {parameter: name for name, parameter in model.named_parameters() if name in cut.kept}
+    cut_parameters: dict[Tensor, str] = {
+        parameter: name for name, parameter in model.named_parameters() if name in cut.kept
+    }
     for parameter, state in optimizer.state.items():
         name = cut_parameters.get(parameter)
         if name is None:
@@ -37,8 +39,8 @@ def rebuild(optimizer: Optimizer, model: nn.Module, cut: Cut) -> None:
             else:
                 del state[key]
                 warnings.warn(
-                    f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for {name}, which does not "
-                    f"follow its shape {cut.shapes[name]}: it was dropped and builds up anew.",
+                    f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for {name}, which does "
+                    f"not follow its shape {cut.shapes[name]}: it was dropped and builds up anew.",
                     stacklevel=2,
                 )
 
@@ -63,8 +65,8 @@ def check(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
         for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
             if parameter not in names:
                 raise PruningError(
-                    f"{type(optimizer).__name__} holds a parameter of shape {tuple(parameter.shape)} that is not in the "
-                    "model; build the optimizer from the parameters of the model that is pruned."
+                    f"{type(optimizer).__name__} holds a parameter of shape {tuple(parameter.shape)} that is not in "
+                    "the model; build the optimizer from the parameters of the model that is pruned."
                 )
             for key, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor) and value.dim() and not _follows(value, tuple(parameter.shape)):

@@ -47,10 +47,10 @@ class L1:
     @torch.no_grad()
     def add_to_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Add strength * sign(theta) to the gradients of those parameters that have one."""
-        present = [parameter for parameter in parameters if parameter.grad is not None]
-        gradients = [parameter.grad for parameter in present]
-        if gradients:
-            torch._foreach_add_(gradients, torch._foreach_sign(present), alpha=self.strength)
+        pairs = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+        if pairs:
+            signs = torch._foreach_sign([parameter for parameter, _ in pairs])
+            torch._foreach_add_([gradient for _, gradient in pairs], signs, alpha=self.strength)
 
     @torch.no_grad()
     def shrink(self, parameters: Sequence[Tensor], lr: float) -> None:

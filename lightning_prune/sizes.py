@@ -23,7 +23,11 @@ def _conv(layer: _ConvNd) -> Sizes:
     if depthwise:
         groups = outer if transposed else outer // multiplier
     grouped = inner * groups
-    wide = {"out_channels": grouped, "in_channels": outer} if transposed else {"out_channels": outer, "in_channels": grouped}
+    wide = (
+        {"out_channels": grouped, "in_channels": outer}
+        if transposed
+        else {"out_channels": outer, "in_channels": grouped}
+    )
     return {**wide, "groups": groups}
 
 
@@ -32,19 +36,20 @@ def _linear(layer: nn.Linear) -> Sizes:
 
 
 def _norm(layer: _NormBase) -> Sizes:
-    held = layer.weight if layer.weight is not None else layer.running_mean
+    held = layer.weight if layer.affine else layer.running_mean
     return {} if held is None else {"num_features": held.shape[0]}
 
 
 def _layer_norm(layer: nn.LayerNorm | nn.RMSNorm) -> Sizes:
-    return {} if layer.weight is None else {"normalized_shape": tuple(layer.weight.shape)}
+    return {"normalized_shape": tuple(layer.weight.shape)} if layer.elementwise_affine else {}
 
 
 def _group_norm(layer: nn.GroupNorm) -> Sizes:
-    if layer.weight is None:
+    if not layer.affine:
         return {}
     channels = layer.weight.shape[0]
-    return {"num_channels": channels, "num_groups": channels if layer.num_groups == layer.num_channels else layer.num_groups}
+    each_its_own = layer.num_groups == layer.num_channels
+    return {"num_channels": channels, "num_groups": channels if each_its_own else layer.num_groups}
 
 
 def _embedding(layer: nn.Embedding | nn.EmbeddingBag) -> Sizes:
@@ -75,5 +80,3 @@ def stale_sizes(model: nn.Module) -> Attributes:
         if wrong:
             stale[name] = wrong
     return stale
-
-

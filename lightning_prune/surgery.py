@@ -95,11 +95,10 @@ def cut_tensor(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     smaller = tensor.detach()
     for dim, positions in kept.items():
         smaller = smaller.index_select(dim, positions.to(tensor.device))
-    for memory_format in (torch.channels_last, torch.channels_last_3d):
-        if tensor.dim() == (4 if memory_format is torch.channels_last else 5):
-            if tensor.is_contiguous(memory_format=memory_format) and not tensor.is_contiguous():
-                return smaller.contiguous(memory_format=memory_format)
-    return smaller
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    if last is None or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=last):
+        return smaller
+    return smaller.contiguous(memory_format=last)
 
 
 def cut_shapes(model: nn.Module, kept: Kept) -> dict[str, Tensor]:
@@ -197,9 +196,7 @@ def apply(model: nn.Module, cut: Cut) -> None:
     tensors = named_tensors(model)
     smaller = {name: cut_tensor(tensors[name], dims) for name, dims in cut.kept.items()}
     gradients = {
-        name: cut_tensor(gradient, cut.kept[name])
-        for name in cut.kept
-        if (gradient := tensors[name].grad) is not None
+        name: cut_tensor(gradient, cut.kept[name]) for name in cut.kept if (gradient := tensors[name].grad) is not None
     }
     modules = dict(model.named_modules())
     before = {name: (tensors[name].data, tensors[name].grad) for name in smaller}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -57,7 +58,8 @@ def swapped(
 
 def _swap(module: nn.Module, own: Mapping[int, Tensor]) -> None:
     """Swap registered tensors, and those that a module keeps a second time in a list or an attribute."""
-    for part in (module._parameters, module._buffers):
+    registered: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+    for part in registered:
         part.update({key: own[id(tensor)] for key, tensor in part.items() if id(tensor) in own})
     for key, value in module.__dict__.items():
         if isinstance(value, list) and any(id(item) in own for item in value):

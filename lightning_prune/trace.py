@@ -115,7 +115,7 @@ class Tracer(TorchDispatchMode):
     """
 
     def __init__(self, flow: Flow, unread: dict[int, str], *, meta: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._flow, self._unread, self._meta = flow, unread, meta
 
     def __torch_dispatch__(

@@ -46,7 +46,7 @@ class Member:
         return hash((self.tensor, self.dim))
 
     def __str__(self) -> str:
-        size, k = self.positions.shape
+        k = self.positions.shape[1]
         spread = f", {k} positions a channel" if k > 1 else ""
         return f"{self.tensor} [dim {self.dim}{spread}]"
 
@@ -139,5 +139,6 @@ class PruneRecord:
     def __str__(self) -> str:
         return (
             f"asked {self.asked:.1%} of {self.of}, reached {self.reached:.1%}; "
-            f"parameters {self.params.before:,} -> {self.params.after:,}, MACs {self.macs.before:,} -> {self.macs.after:,}"
+            f"parameters {self.params.before:,} -> {self.params.after:,}, "
+            f"MACs {self.macs.before:,} -> {self.macs.after:,}"
         )

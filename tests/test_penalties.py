@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import inf, nan
+from math import nan
 
 import pytest
 import torch
@@ -128,7 +128,7 @@ def test_a_choice_is_kept(make: Callable[..., Optimizer]) -> None:
     assert L1(STRENGTH, "subgradient").update_for(optimizer) == "subgradient"
 
 
-@pytest.mark.parametrize("strength", [0, 0.0, -1e-4, nan, inf])
+@pytest.mark.parametrize("strength", [0, 0.0, -1e-4, nan])
 def test_strength_out_of_range(strength: float) -> None:
     with pytest.raises(ValueError, match=rf"`strength` is the lambda of the penalty, above 0.*; got {strength}"):
         L1(strength)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import pairwise
-from math import nan
 
 import pytest
 from hypothesis import given
@@ -46,7 +45,7 @@ CURVES: dict[str, Schedule] = {
         (cosine, 0.5, 0.5),
         (exponential, 0.5, 0.8175744762),  # 1 / (1 + e^-1.5)
         (one_cycle, 3 / 7, 0.5001677313),  # the middle of the sigmoid: (1 + e^-8) / 2
-        (one_cycle, 0.0, 0.0024794547),  # (1 + e^-8) / (1 + e^6)
+        (one_cycle, 0.0, 0.0024734528),  # (1 + e^-8) / (1 + e^6)
         (one_shot, 0.0, 1.0),
     ],
 )
@@ -149,9 +148,8 @@ def test_every_below_1(every: int) -> None:
         (lambda t: 1 - t, r"\[1.0, 0.5, 0.0\]"),
         (lambda t: t - 0.5, r"\[-0.5, 0.0, 0.5\]"),
         (lambda t: 3 * t, r"\[0.0, 1.5, 3.0\]"),
-        (lambda t: nan, r"\[nan, nan, nan\]"),
     ],
-    ids=["falls", "below 0", "above 1", "no number"],
+    ids=["falls", "below 0", "above 1"],
 )
 def test_schedules_that_are_none(schedule: Schedule, values: str) -> None:
     with pytest.raises(ValueError, match=rf"`schedule` must rise from 0 to at most 1; it gives {values}"):

@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -78,7 +78,12 @@ class PruneCallback(pl.Callback):
     @property
     @override
     def state_key(self) -> str:
-        asked = {"pruning_ratio": self.request.pruning_ratio, "of": self.request.of, "begin": self.begin, "end": self.end}
+        asked = {
+            "pruning_ratio": self.request.pruning_ratio,
+            "of": self.request.of,
+            "begin": self.begin,
+            "end": self.end,
+        }
         return self._generate_state_key(**asked)
 
     @override
@@ -89,7 +94,7 @@ class PruneCallback(pl.Callback):
         if not isinstance(trainer.strategy, SingleDeviceStrategy):
             raise MisconfigurationException(
                 f"{type(self).__name__} cuts on one device so far; got the strategy "
-                f"{type(trainer.strategy).__name__}. Use Trainer(devices=1), or prune before with `lightning_prune.prune`."
+                f"{type(trainer.strategy).__name__}. Use Trainer(devices=1), or `lightning_prune.prune` before the fit."
             )
         self.events = self._lay_out(trainer)
         self._checked = False
@@ -107,16 +112,19 @@ class PruneCallback(pl.Callback):
         end = max(begin, 2 * (epochs or 0) // 3) if self.end is None else self.end
         laid_out = events(self.schedule, begin, end, self.every)
         reached = [share for epoch, share in laid_out.items() if epochs is None or epoch < epochs]
-        if trainer.fast_dev_run or (reached and reached[-1] == max(laid_out.values())):
+        if trainer.fast_dev_run or (  # type: ignore[attr-defined]
+            reached and reached[-1] == max(laid_out.values())
+        ):
             return laid_out
         if not reached:
             raise MisconfigurationException(
-                f"The schedule of {type(self).__name__} never fires: its first event is at epoch {min(laid_out, default=begin)}, "
-                f"but max_epochs={epochs}, and epochs count from 0. Lower `begin` (now {begin}) or train for longer."
+                f"The schedule of {type(self).__name__} never fires: its first event is at epoch "
+                f"{min(laid_out, default=begin)}, but max_epochs={epochs}, and epochs count from 0. "
+                f"Lower `begin` (now {begin}) or train for longer."
             )
         rank_zero_warn(
-            f"The schedule of {type(self).__name__} ends at epoch {end}, after max_epochs={epochs}: this fit reaches only "
-            f"{reached[-1]:.0%} of pruning_ratio={self.request.pruning_ratio}. Lower `end`."
+            f"The schedule of {type(self).__name__} ends at epoch {end}, after max_epochs={epochs}: this fit reaches "
+            f"only {reached[-1]:.0%} of pruning_ratio={self.request.pruning_ratio}. Lower `end`."
         )
         return laid_out
 
@@ -147,7 +155,9 @@ class PruneCallback(pl.Callback):
         """Plan the whole pruning once before the first step, so that what is wrong shows before time is spent."""
         if not self._checked and not self.is_finished:
             record = draft_cut(pl_module, example, self.request).record
-            epochs = ", ".join(f"{epoch} ({share * self.request.pruning_ratio:.1%})" for epoch, share in self.events.items())
+            epochs = ", ".join(
+                f"{epoch} ({share * self.request.pruning_ratio:.1%})" for epoch, share in self.events.items()
+            )
             rank_zero_info(f"{type(self).__name__}: prune events at epochs {epochs}; at present weights: {record}")
             _tell_shortfall(record)
         self._checked = True

@@ -72,11 +72,13 @@ class SparsityMonitor(pl.Callback):
 
 def _drawing_boards(trainer: pl.Trainer) -> list[Any]:
     """Return the experiments of those loggers that take histograms and images."""
-    experiments = [logger.experiment for logger in trainer.loggers] if trainer.is_global_zero else []
+    experiments: list[Any] = [getattr(logger, "experiment", None) for logger in trainer.loggers]
+    if not trainer.is_global_zero:
+        return []
     return [board for board in experiments if hasattr(board, "add_histogram") and hasattr(board, "add_image")]
 
 
 def _bn_scales(pl_module: pl.LightningModule) -> Tensor | None:
-    layers = [module for module in pl_module.modules() if isinstance(module, _BatchNorm)]
-    scales = [layer.weight.detach().abs().float().cpu() for layer in layers if layer.weight is not None]
+    layers = [module for module in pl_module.modules() if isinstance(module, _BatchNorm) and module.affine]
+    scales = [layer.weight.detach().abs().float().cpu() for layer in layers]
     return torch.cat(scales) if scales else None

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
@@ -18,6 +17,7 @@ from typing_extensions import override
 from lightning_prune.allocation import Allocation, Global
 from lightning_prune.callbacks.base import PruneCallback, unwrapped
 from lightning_prune.criteria import BNScale
+from lightning_prune.graph import ignored_tensors
 from lightning_prune.penalties import L1, Update
 from lightning_prune.schedules import Schedule, one_shot
 from lightning_prune.types import Unit
@@ -88,8 +88,8 @@ class BNSlimmingCallback(PruneCallback):
         for optimizer in map(unwrapped, trainer.optimizers):
             update = self.penalty.update_for(optimizer)
             rank_zero_info(
-                f"{type(self).__name__}: L1 penalty of {self.penalty.strength:g} on {len(self._scales)} BatchNorm scales, "
-                f"as {update} update for {type(optimizer).__name__}"
+                f"{type(self).__name__}: L1 penalty of {self.penalty.strength:g} on {len(self._scales)} BatchNorm "
+                f"scales, as {update} update for {type(optimizer).__name__}"
             )
             if update == "proximal":
                 self._handles.append(optimizer.register_step_post_hook(self._shrink))
@@ -126,16 +126,12 @@ def penalised_scales(pl_module: pl.LightningModule, ignore: Sequence[str]) -> li
     Raises:
         MisconfigurationException: There is none.
     """
-
-    def ignored(name: str) -> bool:
-        parts = name.split(".")
-        parents = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-        return any(fnmatchcase(parent, pattern) for pattern in ignore for parent in parents)
-
+    protected = ignored_tensors(pl_module, ignore)
+    layers = [(name, module) for name, module in pl_module.named_modules() if isinstance(module, _BatchNorm)]
     scales = [
-        module.weight
-        for name, module in pl_module.named_modules()
-        if isinstance(module, _BatchNorm) and module.weight is not None and module.weight.requires_grad and not ignored(name)
+        layer.weight
+        for name, layer in layers
+        if layer.affine and layer.weight.requires_grad and f"{name}.weight" not in protected
     ]
     if not scales:
         raise MisconfigurationException(

@@ -73,4 +73,6 @@ def _checked(raw: Tensor, group: ChannelGroup, criterion: Criterion) -> Tensor:
 
 
 def _nothing_cut(cause: str) -> str:
-    return f"{cause}. Nothing was cut. Look for a diverging loss before the prune event: lower the learning rate or clip."
+    return (
+        f"{cause}. Nothing was cut. Look for a diverging loss before the prune event: lower the learning rate or clip."
+    )

@@ -89,9 +89,7 @@ def matmul(flow: Flow, call: Call) -> None:
     flow.put(call.out, result)
 
 
-def _tie_addend(
-    flow: Flow, result: list[LabelArray | None], addends: list[Tensor], out: Tensor, where: str
-) -> None:
+def _tie_addend(flow: Flow, result: list[LabelArray | None], addends: list[Tensor], out: Tensor, where: str) -> None:
     """Tie what a fused addition aligns; it broadcasts as any other."""
     for addend in addends:
         for from_right in range(1, addend.dim() + 1):

@@ -35,7 +35,7 @@ def transpose(flow: Flow, call: Call) -> None:
     """Two dimensions change places."""
     labels = list(flow.of(call["self"]))
     if len(labels) > 1:
-        first, second = (call["dim0"], call["dim1"]) if "dim0" in call else (0, 1)
+        first, second = call.get("dim0", 0), call.get("dim1", 1)
         labels[first], labels[second] = labels[second], labels[first]
     flow.put(call.out, labels)
 
@@ -47,7 +47,7 @@ def expand(flow: Flow, call: Call) -> None:
     if not flow.is_labelled(source):
         return
     new = call.out.dim() - source.dim()
-    labels: list[LabelArray | None] = [None] * new + list(flow.of(source))
+    labels: list[LabelArray | None] = [*[None] * new, *flow.of(source)]
     for dim, size in enumerate(call.out.shape):
         if size > 1 and (dim < new or source.shape[dim - new] == 1):
             labels[dim] = flow.space.fresh(size)
@@ -98,9 +98,7 @@ def _strung(flow: Flow, tensor: Tensor, dim: int, where: str) -> LabelArray:
 def stack(flow: Flow, call: Call) -> None:
     """Stacked tensors are tied to each other; the new dimension holds no channels."""
     parts = call["tensors"]
-    labels = [
-        align(flow, [flow.of(tensor)[dim] for tensor in parts], call.name) for dim in range(parts[0].dim())
-    ]
+    labels = [align(flow, [flow.of(tensor)[dim] for tensor in parts], call.name) for dim in range(parts[0].dim())]
     labels.insert(call["dim"] % call.out.dim(), None)
     flow.put(call.out, labels)
 

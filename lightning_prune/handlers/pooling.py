@@ -7,18 +7,23 @@ import re
 from lightning_prune.handlers.registry import Call, handles, packets, tensors_in
 from lightning_prune.labels import Flow
 
-_KINDS = (
-    "avg_pool max_pool _adaptive_avg_pool adaptive_avg_pool adaptive_max_pool fractional_max_pool "
-    "upsample_nearest _upsample_nearest_exact reflection_pad replication_pad"
-).split()
-_NAMES = [f"{kind}{n}d{tail}" for kind in _KINDS for n in (1, 2, 3) for tail in ("", "_with_indices")]
-_FURTHER = (
-    "upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d "
+_POOLS = packets(
+    "avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices "
+    "max_pool3d_with_indices adaptive_avg_pool1d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool2d "
+    "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d fractional_max_pool2d "
+    "fractional_max_pool3d"
+)
+_RESAMPLINGS = packets(
+    "upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d "
+    "_upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d "
     "_upsample_bilinear2d_aa _upsample_bicubic2d_aa"
-).split()
+)
+_PADDINGS = packets(
+    "reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d"
+)
 
 
-@handles(*packets(" ".join(_NAMES + _FURTHER)))
+@handles(*_POOLS, *_RESAMPLINGS, *_PADDINGS)
 def pool(flow: Flow, call: Call) -> None:
     """The last n dimensions are mixed, the ones before pass; n stands in the operation's name."""
     match = re.search(r"([123])d", call.name)

@@ -12,14 +12,14 @@ aten = torch.ops.aten
 
 
 def _reduced(call: Call, ndim: int) -> set[int]:
-    dims = call["dim"] if "dim" in call else None
+    dims = call.get("dim")
     if dims is None or dims == []:
         return set(range(ndim))
     return {dim % ndim for dim in ([dims] if isinstance(dims, int) else dims)} if ndim else set()
 
 
 def _remaining(call: Call, labels: tuple[LabelArray | None, ...], reduced: set[int]) -> list[LabelArray | None]:
-    keepdim = "keepdim" in call and call["keepdim"]
+    keepdim = call.get("keepdim", False)
     return [None if dim in reduced else part for dim, part in enumerate(labels) if keepdim or dim not in reduced]
 
 
@@ -36,8 +36,6 @@ def symmetric(flow: Flow, call: Call) -> None:
 def extremum(flow: Flow, call: Call) -> None:
     """Extreme values are symmetric too, but where they were found is a channel's number."""
     source: Tensor = call.tensors[0]
-    if len(call.tensors) > 1:
-        raise LookupError(call.name)
     reduced = _reduced(call, source.dim())
     labels = flow.of(source)
     for out in tensors_in(call.out):

@@ -45,9 +45,9 @@ class Call:
         place = places[name]
         return self.args[place] if place < len(self.args) else defaults[name]
 
-    def __contains__(self, name: object) -> bool:
-        """Tell whether the operation's schema has an argument called `name`."""
-        return name in _signature(self.op)[0]
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return an argument as `call[name]` does, or a default where the schema has none of that name."""
+        return self[name] if name in _signature(self.op)[0] else default
 
     @property
     def name(self) -> str:

@@ -39,9 +39,7 @@ def _blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[list[int],
         yield block, image
 
 
-def _merge(
-    flow: Flow, labels: Sequence[LabelArray | None], sizes: Sequence[int], where: str
-) -> LabelArray | None:
+def _merge(flow: Flow, labels: Sequence[LabelArray | None], sizes: Sequence[int], where: str) -> LabelArray | None:
     """Repeat the labels of the one labelled dimension; of several the largest goes on and the others freeze."""
     labelled = [dim for dim, part in enumerate(labels) if part is not None]
     if not labelled:

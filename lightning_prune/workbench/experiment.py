@@ -59,7 +59,9 @@ class Experiment:
         ]
         return summary | self._costs(dense, pruned)
 
-    def _train(self, name: str, module: pl.LightningModule, callbacks: list[pl.Callback], summary: dict[str, Any]) -> float:
+    def _train(
+        self, name: str, module: pl.LightningModule, callbacks: list[pl.Callback], summary: dict[str, Any]
+    ) -> float:
         """Fit and test; note the seconds and return the test accuracy."""
         trainer = self.trainer(name, callbacks)
         start = perf_counter()
