@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 
 from lightning_prune import history
@@ -193,7 +195,7 @@ def _search(
     low, high, best = 0.0, 1.0, plan_for(1.0)
     if reached(best) < asked:
         return best
-    for _ in range(_SEARCH_STEPS):
+    for _ in track(range(_SEARCH_STEPS), "Searching the ratio", console=Console(stderr=True), transient=True):
         middle = (low + high) / 2
         plan = plan_for(middle)
         if len(plan) == len(best):

@@ -76,7 +76,9 @@ def run(
         for name, labelled in labels.items():
             flow.put(standins[name], labelled)
         stack.enter_context(swapped(model, standins, training=setting.training, attributes=attributes))
-        stack.enter_context(torch.random.fork_rng(devices=[]))
+        generators = range(torch.cuda.device_count()) if setting.substrate == "real" else []
+        stack.enter_context(torch.random.fork_rng(devices=generators))
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         unread = {id(tensor): name for name, tensor in standins.items()}
         given = (inputs.map(_at_least_two) if setting.training else inputs).map(make)

@@ -98,6 +98,8 @@ class PruneCallback(pl.Callback):
             )
         self.events = self._lay_out(trainer)
         self._checked = False
+        if trainer.current_epoch == 0:
+            self._done = -1
 
     def _lay_out(self, trainer: pl.Trainer) -> dict[int, float]:
         """Return epoch -> share for this fit, and refuse a schedule that never fires."""

@@ -235,7 +235,9 @@ def resnet56(
     return ResNet(9, in_channels, image_size, num_classes=num_classes, option=option, width=width)
 
 
-def torchvision_model(name: str, num_classes: int, in_channels: int = 3, **kwargs: Any) -> nn.Module:
+def torchvision_model(
+    name: str, num_classes: int, in_channels: int = 3, image_size: int | None = None, **kwargs: Any
+) -> nn.Module:
     """A classifier of torchvision, untrained unless `weights` says otherwise.
 
     Source: the paper named in torchvision's documentation of the model.
@@ -244,6 +246,7 @@ def torchvision_model(name: str, num_classes: int, in_channels: int = 3, **kwarg
         name: As `torchvision.models.list_models()` prints it.
         num_classes: Length of the output.
         in_channels: Colours of an image; if not 3, a fresh first convolution is put in.
+        image_size: Pixels per side, for those models that are built for one size (vision transformers).
         **kwargs: What the builder of the model takes.
 
     Raises:
@@ -255,6 +258,8 @@ def torchvision_model(name: str, num_classes: int, in_channels: int = 3, **kwarg
     if name not in known:
         near = ", ".join(difflib.get_close_matches(name, known, n=5)) or "see torchvision.models.list_models()"
         raise ValueError(f"`name` is a classifier in torchvision.models; got {name!r}. Near matches: {near}.")
+    if image_size is not None and name.startswith("vit_"):
+        kwargs["image_size"] = image_size
     net: nn.Module = models.get_model(name, num_classes=num_classes, **kwargs)
     if in_channels != 3:
         _replace_first_convolution(net, in_channels)
