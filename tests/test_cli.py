@@ -5,12 +5,18 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.hydra_config import HydraConfig
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_prune.cli import experiment_from
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -63,20 +69,36 @@ def test_a_sweep_leaves_a_folder_for_each_run(tmp_path: Path) -> None:
     assert asked == [("one_shot", 0.3), ("one_shot", 0.5), ("cubic", 0.3), ("cubic", 0.5)]
 
 
+@pytest.fixture
+def _clean_hydra() -> Iterator[None]:
+    yield
+    HydraConfig.instance().cfg = None
+
+
 @pytest.mark.parametrize(
-    ("argument", "words"),
+    ("arguments", "words"),
     [
         ("method.pruning_ratio=1.5", "`pruning_ratio` is the fraction of channels to remove, in [0, 1); got 1.5"),
         ("method.of=flops", "`of` is what the ratio counts"),
         ("criterion=random", "Use method=prune to choose one"),
         ("schedule.begin=7 schedule.end=9", "max_epochs=2"),
+        ("schedule.begin=1 schedule.end=0", "0 <= begin <= end"),
         ("method=slimming", "BNSlimmingCallback needs trainable BatchNorm scales"),
+        ("method.ignore=[nothing]", "'nothing' matches no module"),
         ("data=mnist data.root=nowhere", "nowhere"),
-        ("model=resnet19", "resnet20"),
     ],
 )
-def test_wrong_arguments_are_refused_in_words(tmp_path: Path, argument: str, words: str) -> None:
-    done = run(tmp_path, "experiment=smoke", *argument.split(), "hydra.run.dir=out", "dense_twin=false")
+@pytest.mark.usefixtures("_clean_hydra")
+def test_wrong_arguments_are_refused_in_words(tmp_path: Path, arguments: str, words: str) -> None:
+    overrides = ["experiment=smoke", "dense_twin=false", f"hydra.runtime.output_dir={tmp_path}", *arguments.split()]
+    with initialize_config_module("lightning_prune.conf", version_base="1.3"):
+        config = compose("config", overrides=overrides, return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    with pytest.raises(Exception, match=re.escape(words)):
+        experiment_from(config).run()
+
+
+def test_an_unknown_choice_lists_the_known_ones(tmp_path: Path) -> None:
+    done = run(tmp_path, "model=resnet19")
     assert done.returncode != 0
-    assert words in done.stderr + done.stdout
-    assert not (tmp_path / "out" / "summary.json").exists()
+    assert "resnet20" in done.stderr + done.stdout
