@@ -149,7 +149,7 @@ def allocate(
         for name, values in scores.items()
     }
     wanted = allocation.widths(scores, dense, ratio, nothing)
-    if ratio < 1 and not any(wanted.values()):
+    if ratio < 1 and scores.keys() == dense.keys() and not any(wanted.values()):
         raise ValueError(
             f"`pruning_ratio` {ratio} would leave no channel in any of the {len(scores)} groups (the largest has "
             f"{max(map(len, scores.values()))}); ask for less."
@@ -157,7 +157,9 @@ def allocate(
     given = allocation.widths(scores, dense, ratio, least)
     removed, held_back = {}, {}
     for name, values in scores.items():
-        width = limits.rounded(given[name], least[name], len(values))
+        width = given[name]
+        if width < len(values):
+            width = limits.rounded(width, least[name], len(values))
         if width < len(values):
             removed[name] = values.argsort(stable=True)[: len(values) - width].sort().values
         if width > wanted[name]:

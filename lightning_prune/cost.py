@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_prune.handlers import tensors_in
-from lightning_prune.inputs import Inputs
+from lightning_prune.inputs import Inputs, tensors_in
 from lightning_prune.labels import Flow, LabelSpace
 from lightning_prune.tensors import named_tensors
 from lightning_prune.trace import SUBSTRATES, Setting, run

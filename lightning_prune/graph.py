@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
-from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -19,13 +18,10 @@ from lightning_prune.errors import TraceError
 from lightning_prune.inputs import ExampleInputs, Inputs, bind
 from lightning_prune.labels import Flow, LabelArray, Labels, LabelSpace
 from lightning_prune.tensors import named_tensors
-from lightning_prune.trace import SUBSTRATES, Setting, run
+from lightning_prune.trace import SUBSTRATES, Run, Setting, run
 from lightning_prune.types import ChannelGroup, Member
 
 log = logging.getLogger(__name__)
-
-Shapes: TypeAlias = list[tuple[int, ...]]
-Runs: TypeAlias = dict[Setting, Shapes]
 
 
 @dataclass(frozen=True)
@@ -35,14 +31,16 @@ class Graph:
     Attributes:
         groups: The channel groups in the order in which the model makes them.
         inputs: The inputs that it was read with.
-        runs: How the model was run, and the shapes of its outputs each time.
-        unknown: The operations without a handler that channels went into.
+        labels: Tensor name -> the labels of its positions, numbered one after the other.
+        roots: For every label the smallest label that it is tied to.
+        runs: How the model was run, and what happened each time.
     """
 
     groups: tuple[ChannelGroup, ...]
     inputs: Inputs
-    runs: Mapping[Setting, Shapes] = field(default_factory=dict)
-    unknown: tuple[str, ...] = ()
+    labels: Mapping[str, Labels]
+    roots: LabelArray
+    runs: Mapping[Setting, Run]
 
 
 def find_groups(
@@ -94,7 +92,7 @@ def read(model: nn.Module, example_inputs: ExampleInputs, ignore: Sequence[str] 
             "Write one (CONTRIBUTING.md, 'Add an op handler'), or ignore this if those layers may stay as they are.",
             stacklevel=3,
         )
-    return Graph(tuple(_groups(flow, index)), inputs, runs, tuple(sorted(flow.unknown)))
+    return Graph(tuple(_groups(flow, index)), inputs, index.labels, flow.space.roots(), runs)
 
 
 def ignored_tensors(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:
@@ -105,9 +103,7 @@ def ignored_tensors(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]
         TypeError: `patterns` is a single string.
     """
     if isinstance(patterns, str):
-        raise TypeError(
-            f"`ignore` is a sequence of module-name patterns; got the string {patterns!r}: wrap it in a list."
-        )
+        raise TypeError(f"`ignore` is a sequence of patterns; got the string {patterns!r}: put it in a list.")
     modules = dict(model.named_modules())
     protected: dict[str, str] = {}
     for pattern in patterns:
@@ -123,30 +119,34 @@ def ignored_tensors(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]
     return protected
 
 
-def _run_all(model: nn.Module, inputs: Inputs, index: _Index) -> tuple[Flow, Runs, set[str]]:
+def _run_all(model: nn.Module, inputs: Inputs, index: _Index) -> tuple[Flow, dict[Setting, Run], set[str]]:
     """Run in eval mode, and in train mode too where that reaches parameters which eval mode leaves unread."""
-    setting, flow, shapes, unread = _run_eval(model, inputs, index)
-    runs = {setting: shapes}
-    if unread & {name for name, _ in model.named_parameters()}:
+    setting, flow, evaluated = _run_eval(model, inputs, index)
+    runs, unread = {setting: evaluated}, evaluated.unread
+    hidden = unread & {name for name, _ in model.named_parameters()}
+    if hidden:
         train = Setting(setting.substrate, training=True)
         try:
-            runs[train], also_unread = run(model, inputs, train, flow, named_tensors(model), index.labels)
-            unread &= also_unread
+            runs[train] = run(model, inputs, train, flow, named_tensors(model), index.labels)
+            unread = unread & runs[train].unread
         except Exception as error:
             warnings.warn(
-                f"{min(unread)} and {len(unread) - 1} more tensors are not read in eval mode, and the forward fails in "
-                f"train mode: {error}. If they are part of the training, pass example inputs that train mode accepts.",
+                f"{len(hidden)} parameters, {min(hidden)} among them, are not read in eval mode, and the forward fails "
+                f"in train mode: {error}. If they are part of the training, pass inputs that train mode accepts.",
                 stacklevel=4,
             )
     return flow, runs, unread
 
 
-def _run_eval(model: nn.Module, inputs: Inputs, index: _Index) -> tuple[Setting, Flow, Shapes, set[str]]:
+def _run_eval(model: nn.Module, inputs: Inputs, index: _Index) -> tuple[Setting, Flow, Run]:
+    """Run on the lightest tensors that the model accepts."""
     failure: Exception | None = None
     for substrate in SUBSTRATES:
         setting, flow = Setting(substrate), Flow(LabelSpace(len(index.tensor_dim)))
         try:
-            shapes, unread = run(model, inputs, setting, flow, named_tensors(model), index.labels)
+            done = run(model, inputs, setting, flow, named_tensors(model), index.labels)
+        except TraceError:
+            raise
         except Exception as error:
             log.debug("forward on %s tensors failed", substrate, exc_info=error)
             failure = error
@@ -157,7 +157,7 @@ def _run_eval(model: nn.Module, inputs: Inputs, index: _Index) -> tuple[Setting,
                     "for the branches that these example inputs take.",
                     stacklevel=5,
                 )
-            return setting, flow, shapes, unread
+            return setting, flow, done
     raise TraceError(
         f"The forward of {type(model).__name__} fails on `example_inputs`: {type(failure).__name__}: {failure}. "
         "Pass inputs of the shape and dtype that the model is trained on."
@@ -243,7 +243,8 @@ def _named(found: Sequence[tuple[int, LabelArray, str | None]], flow: Flow, inde
         places = index.tensor_dim[cells[0]]
         maker = next((place for place in makers.get(moment, ()) if place in places), places[0])
         rank = np.argsort(index.position[cells[:, int(np.argmax(places == maker))]], kind="stable")
-        name = index.places[maker][0].rpartition(".")[0]
+        tensor = index.places[maker][0]
+        name = tensor.rpartition(".")[0] or tensor
         seen = taken[name] = taken.get(name, 0) + 1
         members = tuple(_members(cells[rank], places, index))
         yield ChannelGroup(name if seen == 1 else f"{name}#{seen}", len(cells), members, frozen)

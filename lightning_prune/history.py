@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
@@ -140,8 +141,11 @@ def save_pruned(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     target = Path(path)
     unfinished = target.with_name(f"{target.name}.unfinished")
-    torch.save({"state_dict": model.state_dict(), KEY: to_plain(history_of(model))}, unfinished)
-    unfinished.replace(target)
+    try:
+        torch.save({"state_dict": model.state_dict(), KEY: to_plain(history_of(model))}, unfinished)
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def load_pruned(model: Model, path: str | os.PathLike[str]) -> Model:
@@ -162,6 +166,11 @@ def load_pruned(model: Model, path: str | os.PathLike[str]) -> Model:
         state, plain = checkpoint["state_dict"], checkpoint[KEY]
     except FileNotFoundError:
         raise
+    except UnpicklingError as error:
+        raise HistoryError(
+            f"{path} holds more than weights and plain data, which is not read for safety: {error}. If it is yours, "
+            "keep objects out of its hyper-parameters (`save_hyperparameters(ignore=...)`) and save it again."
+        ) from error
     except Exception as error:
         raise HistoryError(
             f"{path} is no checkpoint with a pruning history ({type(error).__name__}: {error}). Save with a prune "
@@ -170,6 +179,6 @@ def load_pruned(model: Model, path: str | os.PathLike[str]) -> Model:
     replay(model, from_plain(plain))
     try:
         model.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise HistoryError(f"The weights of {path} do not fit the model: {error}") from error
     return model

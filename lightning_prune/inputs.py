@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -34,6 +34,20 @@ class Inputs:
         return model(*self.args, **self.kwargs)
 
 
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, tuples, sets, mappings and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (list, tuple, set)):
+        for item in value:
+            yield from tensors_in(item)
+    elif hasattr(value, "__dataclass_fields__"):
+        yield from tensors_in(vars(value))
+
+
 def bind(model: nn.Module, example: ExampleInputs) -> Inputs:
     """Bind example inputs to the model's forward.
 
@@ -45,10 +59,13 @@ def bind(model: nn.Module, example: ExampleInputs) -> Inputs:
             where forward knows none of them.
 
     Raises:
-        TypeError: The example is None or holds no tensor that forward could take.
+        TypeError: The example holds no tensor.
     """
-    if example is None:
-        raise TypeError("`example_inputs` is what the model's forward is called with; got None. Pass a tensor.")
+    if next(tensors_in(example), None) is None:
+        raise TypeError(
+            "`example_inputs` is what the model's forward is called with: a tensor, a tuple, a dict or a batch; "
+            f"got {example!r}, which holds no tensor."
+        )
     if isinstance(example, Inputs):
         return example
     if isinstance(example, Mapping):

@@ -14,6 +14,7 @@ Labels: TypeAlias = tuple[LabelArray | None, ...]
 """Per dimension of a tensor its labels, or None where the dimension holds no channels."""
 
 _LABELS = "_lightning_prune_labels"
+_ALL_LABELS = "_lightning_prune_all_labels"
 _TAINT = "_lightning_prune_taint"
 
 
@@ -113,6 +114,13 @@ class Flow:
             None if label is None or size == 1 else label for label, size in zip(labels, tensor.shape, strict=True)
         )
         setattr(tensor, _LABELS, kept)
+        setattr(tensor, _ALL_LABELS, tuple(labels))
+
+    @staticmethod
+    def everything(tensor: Tensor) -> Labels:
+        """Read the labels that a tensor was given, those of dimensions of size 1 too."""
+        labels: Labels | None = getattr(tensor, _ALL_LABELS, None)
+        return (None,) * tensor.dim() if labels is None else labels
 
     @staticmethod
     def is_labelled(tensor: Tensor) -> bool:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from lightning_prune.errors import PruningError
 from lightning_prune.surgery import Cut, cut_tensor
@@ -17,7 +17,7 @@ def rebuild(optimizer: Optimizer, model: nn.Module, cut: Cut) -> None:
 
     Parameters keep their identity in a cut, so that param groups, schedulers and wrappers hold what they held.
     State of the parameter's shape (momentum, Adam's moments) loses the same channels; numbers and step counters
-    stay; state of any other shape has no rule and is dropped with a warning.
+    stay. Where a parameter has state of any other shape, there is no rule: all of its state is dropped, with a warning.
 
     Args:
         optimizer: Changed in place.
@@ -31,18 +31,17 @@ def rebuild(optimizer: Optimizer, model: nn.Module, cut: Cut) -> None:
         name = cut_parameters.get(parameter)
         if name is None:
             continue
-        for key, value in list(state.items()):
-            if not isinstance(value, Tensor) or value.dim() == 0:
-                continue
-            if _follows(value, cut.shapes[name]):
-                state[key] = cut_tensor(value, _present(value, cut.kept[name]))
-            else:
-                del state[key]
-                warnings.warn(
-                    f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for {name}, which does "
-                    f"not follow its shape {cut.shapes[name]}: it was dropped and builds up anew.",
-                    stacklevel=2,
-                )
+        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.dim()}
+        strange = {key: tuple(value.shape) for key, value in tensors.items() if not _follows(value, cut.shapes[name])}
+        if strange:
+            state.clear()
+            warnings.warn(
+                f"{type(optimizer).__name__} keeps {strange} for {name}, which does not follow its shape "
+                f"{cut.shapes[name]}: the state of {name} was dropped and builds up anew.",
+                stacklevel=2,
+            )
+        else:
+            state.update({key: cut_tensor(value, _present(value, cut.kept[name])) for key, value in tensors.items()})
 
 
 def _follows(value: Tensor, shape: tuple[int, ...]) -> bool:
@@ -58,10 +57,13 @@ def check(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
     """Make sure that optimizers hold parameters of the model only, with state of their shapes.
 
     Raises:
-        PruningError: A parameter is foreign, or a state tensor has another shape than its parameter.
+        PruningError: A parameter is foreign, a state tensor has another shape than its parameter, or the optimizer
+            keeps one flat history of all parameters (LBFGS).
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
+        if isinstance(optimizer, LBFGS):
+            raise PruningError("LBFGS keeps one flat history of all parameters, which no cut can follow; use another.")
         for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
             if parameter not in names:
                 raise PruningError(

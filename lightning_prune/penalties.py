@@ -31,7 +31,7 @@ class L1:
     """
 
     def __init__(self, strength: float, update: Update = "auto") -> None:
-        if not strength > 0:
+        if not 0 < strength < float("inf"):
             raise ValueError(f"`strength` is the lambda of the penalty, above 0; got {strength}. The paper has 1e-4.")
         if update not in UPDATES:
             raise ValueError(f"`update` is one of {', '.join(map(repr, UPDATES))}; got {update!r}.")

@@ -35,13 +35,14 @@ class Request:
 
     Raises:
         ValueError: The ratio is outside [0, 1), or the unit is unknown.
+        TypeError: `ignore` is a single string.
     """
 
     pruning_ratio: float
     of: Unit = "channels"
     criterion: Criterion = field(default_factory=Magnitude)
     allocation: Allocation = field(default_factory=Uniform)
-    ignore: tuple[str, ...] = ()
+    ignore: Sequence[str] = ()
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -52,6 +53,8 @@ class Request:
             )
         if self.of not in UNITS:
             raise ValueError(f"`of` is what the ratio counts, one of {', '.join(map(repr, UNITS))}; got {self.of!r}.")
+        if isinstance(self.ignore, str):
+            raise TypeError(f"`ignore` is a sequence of patterns; got the string {self.ignore!r}: put it in a list.")
 
 
 def prune(
@@ -94,7 +97,7 @@ def prune(
         (5, 0.5)
     """
     limits = Limits(min_channels, round_to)
-    request = Request(pruning_ratio, of, criterion or Magnitude(), allocation or Uniform(), tuple(ignore), limits)
+    request = Request(pruning_ratio, of, criterion or Magnitude(), allocation or Uniform(), ignore, limits)
     draft = draft_cut(model, example_inputs, request)
     apply(model, draft.cut)
     history.append(model, draft.record)

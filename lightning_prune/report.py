@@ -23,8 +23,9 @@ def count(number: float) -> str:
     """
     if number < 1e4:
         return f"{number:.0f}"
-    size, unit = next(item for item in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if number >= item[0])
-    return f"{number / size:.3g} {unit}"
+    rounded = float(f"{number:.3g}")
+    size, unit = next(item for item in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if rounded >= item[0])
+    return f"{rounded / size:.3g} {unit}"
 
 
 def record_table(record: PruneRecord, title: str = "Pruned") -> Table:

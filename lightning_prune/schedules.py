@@ -84,7 +84,7 @@ def staircase(schedule: Schedule, steps: int) -> Schedule:
     """
     if steps < 1:
         raise ValueError(f"`steps` is the number of stairs, at least 1; got {steps}.")
-    return lambda progress: schedule(floor(progress * steps) / steps)
+    return lambda progress: schedule(floor(progress * steps + 1e-9) / steps)
 
 
 def events(schedule: Schedule, begin: int, end: int, every: int = 1) -> dict[int, float]:
@@ -100,7 +100,7 @@ def events(schedule: Schedule, begin: int, end: int, every: int = 1) -> dict[int
         Epoch -> share of the pruning ratio that is reached from then on; epochs where it does not rise are left out.
 
     Raises:
-        ValueError: `begin` is negative or after `end`, `every` is below 1, or the schedule falls or leaves [0, 1].
+        ValueError: `begin` is negative or after `end`, `every` is below 1, or the schedule falls or does not end at 1.
 
     >>> events(linear, begin=2, end=6, every=2)
     {4: 0.5, 6: 1.0}
@@ -113,7 +113,8 @@ def events(schedule: Schedule, begin: int, end: int, every: int = 1) -> dict[int
         raise ValueError(f"`every` is the number of epochs between prune events, at least 1; got {every}.")
     epochs = sorted({*range(begin, end, every), end})
     shares = [schedule((epoch - begin) / (end - begin) if end > begin else 1.0) for epoch in epochs]
-    if shares[-1] > 1 + 1e-9 or any(later < sooner - 1e-9 for sooner, later in pairwise([0.0, *shares])):
-        raise ValueError(f"`schedule` must rise from 0 to at most 1; it gives {[round(share, 4) for share in shares]}.")
+    rising = all(later >= sooner - 1e-9 for sooner, later in pairwise([0.0, *shares]))
+    if not (rising and abs(shares[-1] - 1) < 1e-6):
+        raise ValueError(f"`schedule` must rise from 0 or more to 1; it gives {[round(share, 4) for share in shares]}.")
     rises = [later > sooner + 1e-9 for sooner, later in pairwise([0.0, *shares])]
     return {epoch: min(share, 1.0) for epoch, share, rise in zip(epochs, shares, rises, strict=True) if rise}

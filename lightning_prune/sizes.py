@@ -11,7 +11,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_prune.types import Attributes
 
-Sizes: TypeAlias = dict[str, "int | tuple[int, ...]"]
+Size: TypeAlias = "int | tuple[int, ...]"
+Sizes: TypeAlias = dict[str, Size]
 
 
 def _conv(layer: _ConvNd) -> Sizes:

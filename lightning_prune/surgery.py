@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -12,11 +13,11 @@ from torch import Tensor, nn
 
 from lightning_prune.errors import SurgeryError
 from lightning_prune.graph import Graph
-from lightning_prune.handlers import tensors_in
+from lightning_prune.inputs import tensors_in
 from lightning_prune.labels import Flow, LabelArray, Labels, LabelSpace
-from lightning_prune.sizes import stale_sizes
+from lightning_prune.sizes import Size, stale_sizes
 from lightning_prune.tensors import named_tensors, swapped
-from lightning_prune.trace import run
+from lightning_prune.trace import Step, run
 from lightning_prune.types import Attributes, ChannelGroup, Kept, PruningPlan
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def remove(model: nn.Module, graph: Graph, plan: PruningPlan) -> Cut:
     """Cut the planned channels out of the model.
 
     The cut is tried out on tensors without memory first: the cut model runs, its outputs have the shapes of the
-    dense model's, and the labels of what stayed flow as they did before, so that nothing has shifted. Then all new
+    dense model's, and every position that stays goes where it went before, operation by operation. Then all new
     tensors are made, and last they take their places together. Parameters stay the same objects.
 
     Args:
@@ -68,10 +69,18 @@ def remove(model: nn.Module, graph: Graph, plan: PruningPlan) -> Cut:
 def prepare(model: nn.Module, graph: Graph, plan: PruningPlan) -> Cut:
     """Work out what a plan does to tensors and attributes, without touching the model."""
     kept = _kept(model, graph.groups, plan)
-    with torch.no_grad(), swapped(model, cut_shapes(model, kept)):
-        attributes = stale_sizes(model)
+    before = stale_sizes(model)
+    standins = {name: torch.empty_like(tensor, device="meta") for name, tensor in named_tensors(model).items()}
+    with torch.no_grad(), swapped(model, {**standins, **cut_shapes(model, kept)}):
+        after = stale_sizes(model)
+    attributes = {name: _without(values, before.get(name, ())) for name, values in after.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items() if name in kept}
     return Cut(shapes, kept, attributes)
+
+
+def _without(values: Mapping[str, Size], known: Iterable[str]) -> dict[str, Size]:
+    """Leave out attributes that said something of their own before the cut."""
+    return {attribute: value for attribute, value in values.items() if attribute not in set(known)}
 
 
 def _kept(model: nn.Module, groups: Iterable[ChannelGroup], plan: PruningPlan) -> Kept:
@@ -112,25 +121,110 @@ def cut_shapes(model: nn.Module, kept: Kept) -> dict[str, Tensor]:
 
 
 def verify(model: nn.Module, graph: Graph, plan: PruningPlan, cut: Cut) -> dict[str, str]:
-    """Run the cut model without changing the real one, and return the groups that it refuses, with reasons."""
-    cast = _Cast(model, graph.groups)
-    for setting, shapes in graph.runs.items():
-        flow = Flow(LabelSpace(len(cast.owner)))
+    """Run the cut model without changing the real one, and return the groups that it refuses, with reasons.
+
+    The cut run must be the dense run with the removed positions left out: the same operations, each with the same
+    positions in its outputs, in the same order.
+    """
+    fate = _Fate(graph, plan)
+    for setting, dense in graph.runs.items():
+        flow = Flow(LabelSpace(fate.count))
         tensors = {**named_tensors(model), **_smaller(model, cut, real=setting.substrate != "meta")}
         try:
-            found, _ = run(model, graph.inputs, setting, flow, tensors, cast.labels(cut.kept), cut.attributes)
+            after = run(model, graph.inputs, setting, flow, tensors, _labels_left(graph, cut.kept), cut.attributes)
         except Exception as error:
             log.debug("the cut model fails", exc_info=error)
             operation, arguments = flow.current
-            involved = np.concatenate([cast.nobody, *_labels_of(flow, arguments)])
-            reason = f"the cut model fails in {operation or 'its forward'}: {error}"
-            return cast.refuse(involved, plan, reason)
-        apart = cast.torn(flow)
-        if len(apart):
-            return cast.refuse(apart, plan, "its channels would meet others than before the cut")
-        if found != shapes:
-            return cast.refuse(cast.nobody, plan, f"the cut model returns shapes {found} in place of {shapes}")
+            involved = [labels for tensor in tensors_in(arguments) for labels in flow.of(tensor)]
+            return fate.refuse(involved, f"the cut model fails in {operation or 'its forward'}: {error}")
+        for old, new in zip_longest(_telling(dense.steps), _telling(after.steps)):
+            if old is None or new is None or not fate.agrees(old, new):
+                at = old or new
+                assert at is not None
+                involved = [labels for _, parts in at.outputs for labels in parts]
+                return fate.refuse(involved, f"the cut would move its channels in {at.name}")
+        if after.outputs != dense.outputs:
+            return fate.refuse([], f"the cut model returns shapes {after.outputs} in place of {dense.outputs}")
     return {}
+
+
+_SAME_PLACE = ("aten.clone.default", "aten.alias.default", "aten.detach.default", "aten.contiguous.default")
+_VIEWS = ("aten._unsafe_view.default", "aten._reshape_alias.default", "aten.reshape.default", "aten.view.default")
+
+
+def _telling(steps: Iterable[Step]) -> Iterator[Step]:
+    """Leave out copies, which depend on strides, and call all views the same."""
+    for step in steps:
+        if step.name in _VIEWS:
+            yield replace(step, name="aten.view.default")
+        elif step.name not in _SAME_PLACE:
+            yield step
+
+
+def _labels_left(graph: Graph, kept: Kept) -> dict[str, Labels]:
+    """Return the labels of the positions that stay."""
+    return {
+        name: tuple(
+            None if part is None else part[kept[name][dim].numpy()] if dim in kept.get(name, {}) else part
+            for dim, part in enumerate(labels)
+        )
+        for name, labels in graph.labels.items()
+    }
+
+
+class _Fate:
+    """Who goes and who stays, told by label.
+
+    Args:
+        graph: A reading of the model.
+        plan: What goes.
+    """
+
+    def __init__(self, graph: Graph, plan: PruningPlan) -> None:
+        self.count = sum(len(part) for labels in graph.labels.values() for part in labels if part is not None)
+        self._plan = plan
+        self._owner: dict[int, str] = {}
+        goes = np.zeros(len(graph.roots), dtype=bool)
+        for group in graph.groups:
+            if group.name in plan.removed:
+                first = group.members[0]
+                place = graph.labels[first.tensor][first.dim]
+                assert place is not None
+                roots = graph.roots[place[first.positions[:, 0].numpy()]]
+                goes[roots[plan.removed[group.name].numpy()]] = True
+                self._owner.update(dict.fromkeys(roots.tolist(), group.name))
+        self._roots = graph.roots
+        self._goes = goes[graph.roots]
+
+    def agrees(self, old: Step, new: Step) -> bool:
+        """Tell whether a step after the cut is the old one with the removed positions left out."""
+        return (
+            old.name == new.name
+            and len(old.outputs) == len(new.outputs)
+            and all(
+                len(shape) == len(shape_now) and all(map(self._same, shape, labels, shape_now, labels_now))
+                for (shape, labels), (shape_now, labels_now) in zip(old.outputs, new.outputs, strict=True)
+            )
+        )
+
+    def _same(self, size: int, labels: LabelArray | None, size_now: int, labels_now: LabelArray | None) -> bool:
+        """Compare one dimension; labels that were made on the way have no number to go by, only a count."""
+        if labels is None:
+            return size == size_now
+        expected = labels[~self._goes[labels]]
+        if len(expected) != size_now:
+            return False
+        if labels_now is None:
+            return True
+        known = (expected < self.count) & (labels_now < self.count)
+        return bool((expected[known] == labels_now[known]).all())
+
+    def refuse(self, involved: Iterable[LabelArray | None], reason: str) -> dict[str, str]:
+        """Return the planned groups that labels belong to, or all of the plan where those tell nothing."""
+        known = [labels[labels < self.count] for labels in involved if labels is not None]
+        roots = np.unique(np.concatenate([self._roots[labels] for labels in known])).tolist() if known else []
+        names = dict.fromkeys(self._owner[root] for root in roots if root in self._owner)
+        return dict.fromkeys(names or self._plan.removed, reason)
 
 
 def _smaller(model: nn.Module, cut: Cut, *, real: bool) -> dict[str, Tensor]:
@@ -140,71 +234,31 @@ def _smaller(model: nn.Module, cut: Cut, *, real: bool) -> dict[str, Tensor]:
     return {name: cut_tensor(tensors[name], dims) for name, dims in cut.kept.items()}
 
 
-def _labels_of(flow: Flow, arguments: object) -> list[LabelArray]:
-    return [labels for tensor in tensors_in(arguments) for labels in flow.of(tensor) if labels is not None]
-
-
-class _Cast:
-    """One label for each channel that may go; label 0 is everything that stays.
-
-    Args:
-        model: The model before the cut.
-        groups: Its channel groups.
-    """
-
-    def __init__(self, model: nn.Module, groups: Iterable[ChannelGroup]) -> None:
-        tensors = named_tensors(model)
-        self._places: dict[str, list[LabelArray]] = {
-            name: [np.zeros(size, dtype=np.int64) for size in tensor.shape] for name, tensor in tensors.items()
-        }
-        self.owner = [""]
-        self.nobody: LabelArray = np.zeros(0, dtype=np.int64)
-        for group in groups:
-            if not group.frozen:
-                channels = np.arange(len(self.owner), len(self.owner) + group.size)
-                self.owner.extend([group.name] * group.size)
-                for member in group.members:
-                    self._places[member.tensor][member.dim][member.positions.numpy()] = channels[:, None]
-
-    def labels(self, kept: Kept) -> dict[str, Labels]:
-        """Return the labels that stay on each tensor."""
-        return {
-            name: tuple(
-                place[kept[name][dim].numpy()] if dim in kept.get(name, {}) else place
-                for dim, place in enumerate(places)
-            )
-            for name, places in self._places.items()
-        }
-
-    def torn(self, flow: Flow) -> LabelArray:
-        """Return the channels that were tied to others, or frozen, though they were free before."""
-        count = len(self.owner)
-        roots = flow.space.roots()[:count]
-        moved = np.flatnonzero(roots != np.arange(count))
-        frozen = np.flatnonzero(flow.space.reasons()[0][1:count] >= 0) + 1
-        return np.concatenate([moved, roots[moved], frozen])
-
-    def refuse(self, labels: LabelArray, plan: PruningPlan, reason: str) -> dict[str, str]:
-        """Return the planned groups that the labels belong to, or all of the plan where that tells nothing."""
-        names = dict.fromkeys(self.owner[label] for label in labels.tolist() if label < len(self.owner))
-        suspects = [name for name in names if name in plan.removed]
-        return dict.fromkeys(suspects or plan.removed, reason)
-
-
 def apply(model: nn.Module, cut: Cut) -> None:
     """Make all new tensors, then put them in their places; if anything fails, everything is what it was."""
-    tensors = named_tensors(model)
-    smaller = {name: cut_tensor(tensors[name], dims) for name, dims in cut.kept.items()}
-    gradients = {
-        name: cut_tensor(gradient, cut.kept[name]) for name in cut.kept if (gradient := tensors[name].grad) is not None
-    }
+    tensors = {name: tensor for name, tensor in named_tensors(model).items() if name in cut.kept}
+    with torch.inference_mode(False), torch.no_grad():
+        smaller = {name: cut_tensor(tensor, cut.kept[name]) for name, tensor in tensors.items()}
+        gradients = {
+            name: cut_tensor(tensor.grad, cut.kept[name]) for name, tensor in tensors.items() if tensor.grad is not None
+        }
+        _put_in_place(model, tensors, smaller, gradients, cut.attributes)
+
+
+def _put_in_place(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    smaller: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    attributes: Attributes,
+) -> None:
     modules = dict(model.named_modules())
-    before = {name: (tensors[name].data, tensors[name].grad) for name in smaller}
-    sizes = {name: {key: getattr(modules[name], key) for key in values} for name, values in cut.attributes.items()}
+    before = {name: (tensor.data, tensor.grad) for name, tensor in tensors.items()}
+    sizes = {name: {key: getattr(modules[name], key) for key in values} for name, values in attributes.items()}
     try:
         for name, data in smaller.items():
             _exchange(tensors[name], data, gradients.get(name))
-        for name, values in cut.attributes.items():
+        for name, values in attributes.items():
             modules[name].__dict__.update(values)
     except BaseException:
         for name, (data, gradient) in before.items():

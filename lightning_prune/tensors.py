@@ -41,7 +41,13 @@ def swapped(
     saved = [
         (part, dict(part))
         for module in modules.values()
-        for part in (module.__dict__, module._parameters, module._buffers)
+        for part in (module.__dict__, module._parameters, module._buffers, module._modules)
+    ]
+    containers = [
+        (value, value.copy())
+        for module in modules.values()
+        for name, value in module.__dict__.items()
+        if type(value) in (list, dict, set) and not name.startswith("_")
     ]
     try:
         for module in modules.values():
@@ -54,6 +60,9 @@ def swapped(
         for part, content in saved:
             part.clear()
             part.update(content)
+        for value, content in containers:
+            value.clear()
+            value.extend(content) if isinstance(value, list) else value.update(content)
 
 
 def _swap(module: nn.Module, own: Mapping[int, Tensor]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from contextlib import ExitStack
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
@@ -16,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from lightning_prune.errors import TraceError
-from lightning_prune.handlers import Call, factories, handler_for, tensors_in
-from lightning_prune.inputs import Inputs
+from lightning_prune.handlers import Call, Handler, factories, handler_for, movement
+from lightning_prune.inputs import Inputs, tensors_in
 from lightning_prune.labels import Flow, Labels
 from lightning_prune.tensors import swapped
 from lightning_prune.types import Attributes
@@ -43,6 +45,34 @@ class Setting:
     training: bool = False
 
 
+@dataclass(frozen=True)
+class Step:
+    """One operation of a run.
+
+    Attributes:
+        name: The operation.
+        outputs: The shape and the labels of each tensor that it returned.
+    """
+
+    name: str
+    outputs: tuple[tuple[tuple[int, ...], Labels], ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What happened while a model ran.
+
+    Attributes:
+        steps: The operations in order.
+        outputs: The shapes of the tensors that the model returned.
+        unread: The names of the tensors that no operation has read.
+    """
+
+    steps: list[Step]
+    outputs: list[tuple[int, ...]]
+    unread: set[str]
+
+
 def run(
     model: nn.Module,
     inputs: Inputs,
@@ -51,7 +81,7 @@ def run(
     tensors: Mapping[str, Tensor],
     labels: Mapping[str, Labels],
     attributes: Attributes | None = None,
-) -> tuple[list[tuple[int, ...]], set[str]]:
+) -> Run:
     """Run the model once and let the labels flow; the model is afterwards what it was.
 
     Args:
@@ -64,7 +94,7 @@ def run(
         attributes: Module attributes to set for the run.
 
     Returns:
-        The shapes of the output tensors, and the names of the tensors that no operation has read.
+        What happened.
 
     Raises:
         TraceError: The model returned no tensor.
@@ -76,20 +106,38 @@ def run(
         for name, labelled in labels.items():
             flow.put(standins[name], labelled)
         stack.enter_context(swapped(model, standins, training=setting.training, attributes=attributes))
-        generators = range(torch.cuda.device_count()) if setting.substrate == "real" else []
-        stack.enter_context(torch.random.fork_rng(devices=generators))
+        stack.enter_context(_random_state_kept(setting.substrate))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        unread = {id(tensor): name for name, tensor in standins.items()}
         given = (inputs.map(_at_least_two) if setting.training else inputs).map(make)
-        stack.enter_context(Tracer(flow, unread, meta=setting.substrate == "meta"))
-        outputs = list(tensors_in(given.call(model)))
+        tracer = Tracer(flow, standins, meta=setting.substrate == "meta")
+        stack.enter_context(tracer)
+        outputs = list(_returned(given.call(model)))
     if not outputs:
         raise TraceError("The model's forward returned no tensor; wrap it so that it returns what it computes.")
     for output in outputs:
         flow.read_taint(output)
         flow.freeze_tensor(output, "reaches the model's output")
-    return [tuple(output.shape) for output in outputs], set(unread.values())
+    return Run(tracer.steps, [tuple(output.shape) for output in outputs], set(tracer.unread.values()))
+
+
+def _returned(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors that a model returned, in an object of its own class too."""
+    found = list(tensors_in(value))
+    return iter(found or tensors_in(getattr(value, "__dict__", ())))
+
+
+@contextmanager
+def _random_state_kept(substrate: Substrate) -> Iterator[None]:
+    """Restore the random state of torch, numpy and Python."""
+    generators = range(torch.cuda.device_count()) if substrate == "real" else []
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=generators):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
 
 
 def _at_least_two(tensor: Tensor) -> Tensor:
@@ -107,18 +155,28 @@ def _maker(substrate: Substrate, stack: ExitStack) -> Any:
     return lambda tensor: tensor.detach().clone()
 
 
+_MAKE_LABELS = (factories.uniform, movement.expand, movement.repeat)
+"""Handlers that have something to say about tensors without labels too."""
+
+
 class Tracer(TorchDispatchMode):
     """Shows each operation to its handler; one without a handler freezes the channels it reads.
 
     Args:
         flow: What the handlers work with.
-        unread: id -> name of the tensors that no operation has read yet; emptied while the model runs.
+        standins: Name -> tensor of the model.
         meta: Whether the model runs on meta tensors, which do not mix with those of other devices.
+
+    Attributes:
+        steps: The operations so far.
+        unread: id -> name of the tensors of the model that no operation has read yet.
     """
 
-    def __init__(self, flow: Flow, unread: dict[int, str], *, meta: bool) -> None:
+    def __init__(self, flow: Flow, standins: Mapping[str, Tensor], *, meta: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._flow, self._unread, self._meta = flow, unread, meta
+        self._flow, self._meta = flow, meta
+        self.steps: list[Step] = []
+        self.unread = {id(tensor): name for name, tensor in standins.items()}
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -147,17 +205,17 @@ class Tracer(TorchDispatchMode):
     def _explain(self, call: Call) -> None:
         labelled = False
         for tensor in call.tensors:
-            self._unread.pop(id(tensor), None)
+            self.unread.pop(id(tensor), None)
             self._flow.read_taint(tensor)
             labelled = labelled or self._flow.is_labelled(tensor)
         handler = handler_for(call.op)
-        if handler is factories.uniform:
-            handler(self._flow, call)
-        elif labelled:
-            self._carry(call)
+        if handler in _MAKE_LABELS or (labelled and call.op.namespace != "prim"):
+            self._carry(call, handler)
+        outputs = tuple((tuple(out.shape), self._flow.everything(out)) for out in tensors_in(call.out))
+        if outputs:
+            self.steps.append(Step(call.name, outputs))
 
-    def _carry(self, call: Call) -> None:
-        handler = handler_for(call.op)
+    def _carry(self, call: Call, handler: Handler | None) -> None:
         reason = f"enters {call.name}, which has no handler"
         if handler is not None:
             try:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.handlers import tensors_in
+from lightning_prune.inputs import tensors_in
 from lightning_prune.tensors import named_tensors
 from lightning_prune.types import ChannelGroup
 

@@ -56,7 +56,7 @@ def test_arguments_out_of_range(make: Callable[..., PruneCallback], arguments: d
 @pytest.mark.parametrize("make", CALLBACKS)
 def test_a_string_is_no_list_of_patterns(make: Callable[..., PruneCallback]) -> None:
     """Taken letter by letter, "net.8" would ask for a module named "n"."""
-    with pytest.raises(TypeError, match=r"`ignore` is a sequence of module-name patterns; got the string 'net\.8'"):
+    with pytest.raises(TypeError, match=r"`ignore` is a sequence of patterns; got the string 'net\.8'"):
         trainer(make(0.5, ignore="net.8")).fit(Module())
 
 
@@ -214,9 +214,7 @@ def test_a_schedule_that_steps_never_reach() -> None:
 
 def test_a_schedule_that_is_cut_short_is_warned_about() -> None:
     module = Module()
-    with pytest.warns(
-        UserWarning, match=r"ends at epoch 8, after max_epochs=5: this fit reaches only 50% .*Lower `end`"
-    ):
+    with pytest.warns(UserWarning, match=r"ends at epoch 8, but max_epochs=5: this fit reaches only 50% .*Lower `end`"):
         trainer(PruneCallback(0.5, schedule=linear, begin=0, end=8), max_epochs=5).fit(module)
     assert widths(module) == [6, 6]
 

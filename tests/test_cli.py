@@ -83,7 +83,7 @@ def _clean_hydra() -> Iterator[None]:
         ("criterion=random", "Use method=prune to choose one"),
         ("schedule.begin=7 schedule.end=9", "max_epochs=2"),
         ("schedule.begin=1 schedule.end=0", "0 <= begin <= end"),
-        ("method=slimming", "BNSlimmingCallback needs trainable BatchNorm scales"),
+        ("method=slimming", "BNSlimmingCallback needs BatchNorm scales"),
         ("method.ignore=[nothing]", "'nothing' matches no module"),
         ("data=mnist data.root=nowhere", "nowhere"),
     ],

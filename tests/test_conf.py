@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import lightning_prune.conf
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-import lightning_prune.conf
 from lightning_prune.allocation import Allocation
 from lightning_prune.callbacks import PruneCallback
 from lightning_prune.criteria import Criterion

@@ -64,7 +64,11 @@ class TestGroups:
 
     def test_order_and_names_follow_the_making(self) -> None:
         net = Net(
-            lambda n, x: n.z(n.m(n.b(x)) + n.a(x)), a=nn.Linear(4, 6), z=nn.Linear(6, 3), m=nn.Linear(5, 6), b=nn.Linear(4, 5)
+            lambda n, x: n.z(n.m(n.b(x)) + n.a(x)),
+            a=nn.Linear(4, 6),
+            z=nn.Linear(6, 3),
+            m=nn.Linear(5, 6),
+            b=nn.Linear(4, 5),
         )
         assert summary(find_groups(net, X)) == {"b": 5, "m": 6, "z": OUT}
 
@@ -127,18 +131,20 @@ class TestIgnore:
             find_groups(mlp(), X, ignore=["a", "layer9"])
 
     def test_a_string_is_an_error(self) -> None:
-        with pytest.raises(TypeError, match="got the string 'a': wrap it in a list"):
+        with pytest.raises(TypeError, match="got the string 'a': put it in a list"):
             find_groups(mlp(), X, ignore="a")
 
 
 class TestInputs:
-    @pytest.mark.parametrize("example", [X, (X,), [X], [X, torch.zeros(2)], (X, torch.zeros(2))], ids=lambda e: type(e).__name__)
+    @pytest.mark.parametrize(
+        "example", [X, (X,), [X], [X, torch.zeros(2)], (X, torch.zeros(2))], ids=lambda e: type(e).__name__
+    )
     def test_one_input(self, example: object) -> None:
         assert summary(find_groups(nn.Sequential(mlp()), example)) == {"0.a": 8, "0.b": OUT}
 
     @pytest.mark.parametrize("keys", [("x", "y"), ("x", "y", "label"), ("label", "y", "x")])
     def test_keywords(self, keys: tuple[str, ...]) -> None:
-        assert summary(find_groups(Two(), {key: X for key in keys})) == FREE
+        assert summary(find_groups(Two(), dict.fromkeys(keys, X))) == FREE
 
     @pytest.mark.parametrize("example", [(X, X), [X, X], [X, X, X]])
     def test_two_inputs(self, example: object) -> None:
@@ -175,10 +181,10 @@ class TestInputs:
         assert summary(find_groups(images(), torch.zeros(batch, 3, 8, 8))) == {"0": 8, "4": OUT}
 
     def test_none_is_an_error(self) -> None:
-        with pytest.raises(TypeError, match="`example_inputs` is what the model's forward is called with; got None"):
+        with pytest.raises(TypeError, match=r"`example_inputs` is what the model's forward is called with: .*got None"):
             find_groups(mlp(), None)
 
-    @pytest.mark.parametrize("example", [{}, [], "x", 3, [1, 2], {"x": 3}], ids=str)
+    @pytest.mark.parametrize("example", [{}, [], "x", 3], ids=str)
     def test_inputs_without_a_tensor_are_an_error(self, example: object) -> None:
         with pytest.raises(TypeError, match="`example_inputs`"):
             find_groups(mlp(), example)
@@ -204,7 +210,12 @@ class Result:
 class TestOutputs:
     @pytest.mark.parametrize(
         "wrap",
-        [lambda y: {"y": {"z": y}}, lambda y: [1, (y, None)], lambda y: Result(y, []), lambda y: namedtuple("N", "y")(y)],
+        [
+            lambda y: {"y": {"z": y}},
+            lambda y: [1, (y, None)],
+            lambda y: Result(y, []),
+            lambda y: namedtuple("N", "y")(y),
+        ],
     )
     def test_any_container(self, wrap: object) -> None:
         assert summary(find_groups(Net(lambda n, x: wrap(n.m(x)), m=mlp()), X)) == {"m.a": 8, "m.b": OUT}
@@ -245,12 +256,12 @@ def test_branches_that_depend_on_values_are_read_on_real_tensors() -> None:
 
 
 def test_seeds_of_other_generators_are_not_used_up() -> None:
-    net = Net(lambda n, x: n.m(x) * (random.random() + np.random.rand()), m=mlp())  # noqa: NPY002
+    net = Net(lambda n, x: n.m(x) * (random.random() + np.random.rand()), m=mlp())
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002
-    before = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    np.random.seed(0)
+    before = random.getstate(), np.random.get_state()[1].tolist()
     find_groups(net, X)
-    assert (random.getstate(), np.random.get_state()[1].tolist()) == before  # noqa: NPY002
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
 
 
 def test_snapshots_tell_changes() -> None:

@@ -13,7 +13,7 @@ from proof import Net, fits, prove, summary
 from torch import Tensor, nn
 
 from lightning_prune import find_groups, graph, prune
-from lightning_prune.handlers import tensors_in
+from lightning_prune.inputs import tensors_in
 from lightning_prune.trace import SUBSTRATES
 
 OUT = "reaches the model's output"
@@ -89,11 +89,17 @@ MOVEMENT: dict[str, Case] = {
     ),
     "narrow": (on(lambda n, y: y.narrow(1, 0, y.shape[1] // 2), 4), IMAGE, HALVED),
     "permute": (
-        lambda: Net(lambda n, x: n.head(n.b(n.a(x).permute(0, 2, 3, 1))), a=c(3, 8), b=nn.Linear(8, 6), head=nn.Linear(6, 5)),
+        lambda: Net(
+            lambda n, x: n.head(n.b(n.a(x).permute(0, 2, 3, 1))), a=c(3, 8), b=nn.Linear(8, 6), head=nn.Linear(6, 5)
+        ),
         IMAGE,
         {"a": 8, "b": 6, "head": OUT},
     ),
-    "transposes": (tokens(lambda n, y: n.b(y.mT).transpose(1, 2), 6, b=nn.Conv1d(8, 6, 1)), TOKENS, {"a": 8, "b": 6, "head": OUT}),
+    "transposes": (
+        tokens(lambda n, y: n.b(y.mT).transpose(1, 2), 6, b=nn.Conv1d(8, 6, 1)),
+        TOKENS,
+        {"a": 8, "b": 6, "head": OUT},
+    ),
     "movedim and swapaxes": (on(lambda n, y: y.movedim(1, -1).swapaxes(-1, 1)), IMAGE, FREE),
     "flip of space": (on(lambda n, y: y + y.flip(2, 3)), IMAGE, FREE),
     "flip of channels": (on(lambda n, y: y.flip(1)), IMAGE, FREE),
@@ -114,7 +120,11 @@ MOVEMENT: dict[str, Case] = {
     "padding of channels": (
         on(lambda n, y: F.pad(y, (0, 0, 0, 0, 2, 2)) + n.b(y), 12, b=c(8, 12)),
         IMAGE,
-        {"a": 8, "b": "is aligned with a fixed number of padded positions in aten.constant_pad_nd.default", "head": OUT},
+        {
+            "a": 8,
+            "b": "is aligned with a fixed number of padded positions in aten.constant_pad_nd.default",
+            "head": OUT,
+        },
     ),
     "cropping of channels": (
         on(lambda n, y: F.pad(y, (0, 0, 0, 0, -1, -1)), 6),
@@ -145,8 +155,16 @@ RESHAPE: dict[str, Case] = {
         {"a": 8, "head": OUT},
     ),
     "channel shuffle": (on(lambda n, y: y.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)), IMAGE, HALVED),
-    "view to groups and back": (on(lambda n, y: y.unflatten(1, (4, -1)).tanh().flatten(1, 2)), IMAGE, {"a": 2, "head": OUT}),
-    "squeeze and unsqueeze": (on(lambda n, y: y.mean((2, 3)).unsqueeze(-1).unsqueeze(-1).squeeze(-1)[..., None]), IMAGE, FREE),
+    "view to groups and back": (
+        on(lambda n, y: y.unflatten(1, (2, -1)).tanh().flatten(1, 2)),
+        IMAGE,
+        HALVED,
+    ),
+    "squeeze and unsqueeze": (
+        on(lambda n, y: y.mean((2, 3)).unsqueeze(-1).unsqueeze(-1).squeeze(-1)[..., None]),
+        IMAGE,
+        FREE,
+    ),
     "patches": (on(lambda n, y: y.flatten(2).transpose(1, 2).transpose(1, 2).reshape(y.shape)), IMAGE, FREE),
     "expand of space": (on(lambda n, y: y + y.mean((2, 3), keepdim=True).expand(-1, -1, 6, 6)), IMAGE, FREE),
     "expand to channels": (on(lambda n, y: y * y.mean(1, keepdim=True).expand_as(y)), IMAGE, FREE),
@@ -173,7 +191,11 @@ FACTORIES: dict[str, Case] = {
     "zeros_like": (on(lambda n, y: y + torch.zeros_like(y)), IMAGE, FREE),
     "ones_like then scaled": (on(lambda n, y: y + torch.ones_like(y).mul_(3)), IMAGE, FREE),
     "new_zeros in a concat": (on(lambda n, y: torch.cat([y, y.new_zeros(2, 4, 6, 6)], 1), 12), IMAGE, FREE),
-    "a buffer that is written": (on(lambda n, y: _written(torch.zeros(2, y.shape[1], 6, 6, dtype=y.dtype), y)), IMAGE, FREE),
+    "a buffer that is written": (
+        on(lambda n, y: _written(torch.zeros(2, y.shape[1], 6, 6, dtype=y.dtype), y)),
+        IMAGE,
+        FREE,
+    ),
     "a new_empty that is written": (on(lambda n, y: _written(y.new_empty(y.shape), y)), IMAGE, FREE),
     "halves that are written": (
         on(lambda n, y: _two_halves(y, n.b(y)), 16, b=c(8, 8)),
@@ -251,17 +273,24 @@ def test_all_substrates_find_the_same(name: str, substrate: str, monkeypatch: py
 @pytest.mark.parametrize("uneven", [(3, 5), (1, 7), (2, 2, 4)])
 def test_uneven_parts_are_groups_of_their_own(uneven: tuple[int, ...]) -> None:
     heads = {f"head{place}": c(size, 5) for place, size in enumerate(uneven)}
-    net = Net(lambda n, x: [getattr(n, h)(y) for h, y in zip(heads, n.a(x).split(uneven, 1), strict=True)], a=c(3, 8), **heads)
+    net = Net(
+        lambda n, x: [getattr(n, h)(y) for h, y in zip(heads, n.a(x).split(uneven, 1), strict=True)], a=c(3, 8), **heads
+    )
     x = torch.randn(IMAGE)
     groups = find_groups(net, x)
     names = ["a"] + [f"a#{place}" for place in range(2, len(uneven) + 1)]
-    assert {name: size for name, size in summary(groups).items() if size != OUT} == dict(zip(names, uneven, strict=True))
+    assert {name: size for name, size in summary(groups).items() if size != OUT} == dict(
+        zip(names, uneven, strict=True)
+    )
     prove(net, x, groups)
 
 
 def test_positions_after_concat_and_flatten_are_worked_out() -> None:
     net = Net(
-        lambda n, x: n.head(torch.cat([n.a(x), n.b(x), n.a(x)], 1).flatten(1)), a=c(3, 2), b=c(3, 1), head=nn.Linear(20, 5)
+        lambda n, x: n.head(torch.cat([n.a(x), n.b(x), n.a(x)], 1).flatten(1)),
+        a=c(3, 2),
+        b=c(3, 1),
+        head=nn.Linear(20, 5),
     )
     groups = {group.name: group for group in find_groups(net, torch.zeros(1, 3, 2, 2))}
     assert [str(member) for member in groups["a"].members] == [

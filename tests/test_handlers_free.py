@@ -36,7 +36,9 @@ def standardised(weight: Tensor) -> Tensor:
 
 POINTWISE: dict[str, Case] = {
     "squeeze and excitation": (
-        on(lambda n, y: y * torch.sigmoid(n.up(F.relu(n.down(y.mean((2, 3), keepdim=True))))), down=c(8, 4), up=c(4, 8)),
+        on(
+            lambda n, y: y * torch.sigmoid(n.up(F.relu(n.down(y.mean((2, 3), keepdim=True))))), down=c(8, 4), up=c(4, 8)
+        ),
         IMAGE,
         {"a": 8, "down": 4, "head": OUT},
     ),
@@ -65,8 +67,16 @@ REDUCTION: dict[str, Case] = {
     "softmax over channels": (on(lambda n, y: y.softmax(1)), IMAGE, FREE),
     "mean over channels": (on(lambda n, y: y.mean(1, keepdim=True), 1), IMAGE, FREE),
     "sum over channels": (on(lambda n, y: y - y.sum(1, keepdim=True)), IMAGE, FREE),
-    "variance over channels": (on(lambda n, y: (y - y.mean(1, True)) / (y.var(1, keepdim=True) + 1).sqrt()), IMAGE, FREE),
-    "var_mean and std_mean": (on(lambda n, y: y * torch.var_mean(y, 1, keepdim=True)[1] + torch.std_mean(y)[0]), IMAGE, FREE),
+    "variance over channels": (
+        on(lambda n, y: (y - y.mean(1, True)) / (y.var(1, keepdim=True) + 1).sqrt()),
+        IMAGE,
+        FREE,
+    ),
+    "var_mean and std_mean": (
+        on(lambda n, y: y * torch.var_mean(y, 1, keepdim=True)[1] + torch.std_mean(y)[0]),
+        IMAGE,
+        FREE,
+    ),
     "maximum over channels": (on(lambda n, y: y / y.amax(1, keepdim=True).exp()), IMAGE, FREE),
     "values of max": (on(lambda n, y: y + y.max(1, keepdim=True).values + y.max()), IMAGE, FREE),
     "values of min and median": (on(lambda n, y: y + y.min(1, True).values * y.median(1, True).values), IMAGE, FREE),
@@ -100,8 +110,16 @@ REDUCTION: dict[str, Case] = {
 }
 
 WEIGHTS: dict[str, Case] = {
-    "convolution with a raw parameter": (on(lambda n, y: F.conv2d(y, n.w.value, padding=1), 6, w=held(6, 8, 3, 3)), IMAGE, {"a": 8, "w": 6, "head": OUT}),
-    "linear with a raw parameter": (tokens(lambda n, y: y @ n.w.value, 6, w=held(8, 6)), TOKENS, {"a": 8, "w": 6, "head": OUT}),
+    "convolution with a raw parameter": (
+        on(lambda n, y: F.conv2d(y, n.w.value, padding=1), 6, w=held(6, 8, 3, 3)),
+        IMAGE,
+        {"a": 8, "w": 6, "head": OUT},
+    ),
+    "linear with a raw parameter": (
+        tokens(lambda n, y: y @ n.w.value, 6, w=held(8, 6)),
+        TOKENS,
+        {"a": 8, "w": 6, "head": OUT},
+    ),
     "a module used twice": (tokens(lambda n, y: n.g(n.g(y)), g=nn.Linear(8, 8)), TOKENS, FREE),
     "standardised weight": (
         on(lambda n, y: F.conv2d(y, standardised(n.w.value)), 6, w=held(6, 8, 3, 3)),
@@ -109,7 +127,12 @@ WEIGHTS: dict[str, Case] = {
         {"a": 8, "w": 6, "head": OUT},
     ),
     "masked weight": (
-        on(lambda n, y: F.conv2d(y, n.w.value * n.mask.value), 6, w=held(6, 8, 1, 1), mask=held(6, 8, 1, 1, buffer=True)),
+        on(
+            lambda n, y: F.conv2d(y, n.w.value * n.mask.value),
+            6,
+            w=held(6, 8, 1, 1),
+            mask=held(6, 8, 1, 1, buffer=True),
+        ),
         IMAGE,
         {"a": 8, "w": 6, "head": OUT},
     ),
@@ -119,7 +142,9 @@ WEIGHTS: dict[str, Case] = {
         {"a": 8, "w": 4, "v": 6, "head": OUT},
     ),
     "weight as a sum": (
-        tokens(lambda n, y: y @ (n.w.value + n.down.value @ n.up.value), 6, w=held(8, 6), down=held(8, 2), up=held(2, 6)),
+        tokens(
+            lambda n, y: y @ (n.w.value + n.down.value @ n.up.value), 6, w=held(8, 6), down=held(8, 2), up=held(2, 6)
+        ),
         TOKENS,
         {"a": 8, "up": 6, "head": OUT, "down": 2},
     ),
@@ -134,7 +159,12 @@ def test_groups_are_found_proven_and_cut(name: str) -> None:
 
 
 def test_tied_weights_are_one_member() -> None:
-    net = Net(lambda n, i: n.out(n.mid(n.emb(i))), emb=nn.Embedding(10, 8), mid=nn.Linear(8, 8), out=nn.Linear(8, 10, bias=False))
+    net = Net(
+        lambda n, i: n.out(n.mid(n.emb(i))),
+        emb=nn.Embedding(10, 8),
+        mid=nn.Linear(8, 8),
+        out=nn.Linear(8, 10, bias=False),
+    )
     net.out.weight = net.emb.weight
     tokens_in = torch.randint(0, 10, (3, 4))
     groups = find_groups(net, tokens_in)
@@ -210,4 +240,3 @@ def test_a_wrong_group_fails_the_proof() -> None:
     object.__setattr__(thawed, "frozen", None)
     with pytest.raises(AssertionError):
         prove(net, x, [thawed])
-

@@ -249,13 +249,13 @@ def test_state_without_a_rule_is_dropped_with_a_warning() -> None:
     net = network()
     optimizer = Factored(net.parameters())
     take_steps(net, optimizer)
-    with pytest.warns(UserWarning, match=r"Factored keeps '(row|column)' of shape .* was dropped") as caught:
+    with pytest.warns(UserWarning, match=r"Factored keeps \{.*'row'.*\} for .* was dropped") as caught:
         optimizers.rebuild(optimizer, net, cut_net(net))
-    assert "'row' of shape (8,) for 0.weight, which does not follow its shape (8, 1, 3, 3)" in str(caught[0].message)
+    assert "for 0.weight, which does not follow its shape (8, 1, 3, 3)" in str(caught[0].message)
     optimizers.check([optimizer], net)
 
 
-@pytest.mark.filterwarnings("ignore:.* keeps .* it was dropped and builds up anew")
+@pytest.mark.filterwarnings("ignore:.* keeps .* was dropped and builds up anew")
 @pytest.mark.parametrize("make_odd", [Factored, partial(LBFGS, lr=0.1, max_iter=2)], ids=["factored", "lbfgs"])
 def test_training_goes_on_after_state_was_dropped(make_odd: Callable[..., Optimizer]) -> None:
     """ "It builds up anew" holds only if nothing is left that tells the optimizer to go on."""

@@ -7,7 +7,7 @@ from math import nan
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
@@ -91,6 +91,7 @@ def test_proximal_reaches_exactly_zero_and_stays() -> None:
     assert scale.tolist() == [0.0, 0.0, 0.0]
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=8), st.floats(0.0, 10.0), st.floats(0.001, 1.0))
 def test_proximal_is_the_soft_threshold(values: list[float], lr: float, strength: float) -> None:
     scale = parameter(*values)

@@ -13,7 +13,7 @@ from zoo import CLASSES, ZOO, class_outputs, zoo_input, zoo_model
 
 from lightning_prune import PruneRecord, find_groups, prune
 from lightning_prune.cost import count_params
-from lightning_prune.handlers import tensors_in
+from lightning_prune.inputs import tensors_in
 from lightning_prune.sizes import stale_sizes
 
 CROSS_CHANNEL_NORM = {"convnext_tiny"}

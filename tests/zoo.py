@@ -7,9 +7,10 @@ import torchvision
 from torch import Tensor, nn
 
 ZOO = (
-    "resnet18 resnet50 vgg11_bn densenet121 googlenet inception_v3 mobilenet_v2 mobilenet_v3_large efficientnet_b0 "
-    "squeezenet1_0 mnasnet0_5 alexnet resnext50_32x4d regnet_y_400mf efficientnet_v2_s convnext_tiny shufflenet_v2_x1_0"
-).split()
+    *("resnet18", "resnet50", "vgg11_bn", "densenet121", "googlenet", "inception_v3", "mobilenet_v2"),
+    *("mobilenet_v3_large", "efficientnet_b0", "squeezenet1_0", "mnasnet0_5", "alexnet", "resnext50_32x4d"),
+    *("regnet_y_400mf", "efficientnet_v2_s", "convnext_tiny", "shufflenet_v2_x1_0"),
+)
 
 CLASSES = 10
 

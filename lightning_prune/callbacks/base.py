@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
+from math import ceil
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,6 +19,7 @@ from typing_extensions import override
 
 from lightning_prune import history, optimizers
 from lightning_prune.allocation import Allocation, Limits, Uniform
+from lightning_prune.callbacks.averages import averaged_copies
 from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.pruner import Draft, Request, draft_cut
@@ -66,9 +68,7 @@ class PruneCallback(pl.Callback):
         round_to: int | None = None,
     ) -> None:
         limits = Limits(min_channels, round_to)
-        self.request = Request(
-            pruning_ratio, of, criterion or Magnitude(), allocation or Uniform(), tuple(ignore), limits
-        )
+        self.request = Request(pruning_ratio, of, criterion or Magnitude(), allocation or Uniform(), ignore, limits)
         self.schedule, self.begin, self.end, self.every = schedule, begin, end, every
         events(schedule, begin or 0, max(begin or 0, 0) if end is None else end, every)
         self.events: dict[int, float] = {}
@@ -78,13 +78,9 @@ class PruneCallback(pl.Callback):
     @property
     @override
     def state_key(self) -> str:
-        asked = {
-            "pruning_ratio": self.request.pruning_ratio,
-            "of": self.request.of,
-            "begin": self.begin,
-            "end": self.end,
-        }
-        return self._generate_state_key(**asked)
+        asked = {field.name: getattr(self.request, field.name) for field in fields(self.request)}
+        when = {"schedule": self.schedule, "begin": self.begin, "end": self.end, "every": self.every}
+        return self._generate_state_key(**{name: _told(value) for name, value in (asked | when).items()})
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -96,39 +92,39 @@ class PruneCallback(pl.Callback):
                 f"{type(self).__name__} cuts on one device so far; got the strategy "
                 f"{type(trainer.strategy).__name__}. Use Trainer(devices=1), or `lightning_prune.prune` before the fit."
             )
-        self.events = self._lay_out(trainer)
+        self.events = self._lay_out(trainer.max_epochs)
         self._checked = False
         if trainer.current_epoch == 0:
             self._done = -1
+        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+            self._check_reach(trainer, trainer.max_epochs, f"max_epochs={trainer.max_epochs}")
 
-    def _lay_out(self, trainer: pl.Trainer) -> dict[int, float]:
-        """Return epoch -> share for this fit, and refuse a schedule that never fires."""
-        last = trainer.max_epochs
-        if (last is None or last < 0) and (self.begin is None or self.end is None):
+    def _lay_out(self, max_epochs: int | None) -> dict[int, float]:
+        """Return epoch -> share for this fit."""
+        unlimited = max_epochs is None or max_epochs < 0
+        if unlimited and (self.begin is None or self.end is None):
             raise MisconfigurationException(
-                f"{type(self).__name__} lays its schedule out over `max_epochs`, which is {last}. "
+                f"{type(self).__name__} lays its schedule out over `max_epochs`, which is {max_epochs}. "
                 "Set Trainer(max_epochs=...), or both `begin` and `end`."
             )
-        epochs = last if last is not None and last >= 0 else None
-        begin = (epochs or 0) // 3 if self.begin is None else self.begin
-        end = max(begin, 2 * (epochs or 0) // 3) if self.end is None else self.end
-        laid_out = events(self.schedule, begin, end, self.every)
-        reached = [share for epoch, share in laid_out.items() if epochs is None or epoch < epochs]
-        if trainer.fast_dev_run or (  # type: ignore[attr-defined]
-            reached and reached[-1] == max(laid_out.values())
-        ):
-            return laid_out
+        begin = (max_epochs or 0) // 3 if self.begin is None else self.begin
+        end = max(begin, 2 * (max_epochs or 0) // 3) if self.end is None else self.end
+        return events(self.schedule, begin, end, self.every)
+
+    def _check_reach(self, trainer: pl.Trainer, epochs: int, limit: str) -> None:
+        """Refuse a schedule that never fires within the epochs of the fit, and warn of one that does not end."""
+        reached = [share for epoch, share in self.events.items() if epoch < epochs]
+        if trainer.fast_dev_run or len(reached) == len(self.events):  # type: ignore[attr-defined]
+            return
         if not reached:
             raise MisconfigurationException(
-                f"The schedule of {type(self).__name__} never fires: its first event is at epoch "
-                f"{min(laid_out, default=begin)}, but max_epochs={epochs}, and epochs count from 0. "
-                f"Lower `begin` (now {begin}) or train for longer."
+                f"The schedule of {type(self).__name__} never fires: its first event is at epoch {min(self.events)}, "
+                f"but {limit}, and epochs count from 0. Lower `begin` (now {self.begin}) or train for longer."
             )
         rank_zero_warn(
-            f"The schedule of {type(self).__name__} ends at epoch {end}, after max_epochs={epochs}: this fit reaches "
+            f"The schedule of {type(self).__name__} ends at epoch {max(self.events)}, but {limit}: this fit reaches "
             f"only {reached[-1]:.0%} of pruning_ratio={self.request.pruning_ratio}. Lower `end`."
         )
-        return laid_out
 
     @property
     def is_finished(self) -> bool:
@@ -137,6 +133,10 @@ class PruneCallback(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        optimizers.check(map(unwrapped, trainer.optimizers), pl_module)
+        if trainer.max_steps >= 0 and isinstance(trainer.num_training_batches, int):
+            steps = ceil(max(trainer.num_training_batches, 1) / trainer.accumulate_grad_batches)
+            self._check_reach(trainer, ceil(trainer.max_steps / steps), f"max_steps={trainer.max_steps}")
         if pl_module.example_input_array is not None:
             self._check_ahead(pl_module, pl_module.example_input_array)
 
@@ -165,20 +165,22 @@ class PruneCallback(pl.Callback):
         self._checked = True
 
     def _fire(self, trainer: pl.Trainer, pl_module: pl.LightningModule, example: ExampleInputs) -> None:
-        """Cut if an event is due that has not been."""
-        epoch = trainer.current_epoch
-        if epoch in self.events and epoch > self._done:
-            ratio = self.events[epoch] * self.request.pruning_ratio
+        """Cut if an event is due; one that a resumed fit has missed is made up for."""
+        due = [epoch for epoch in self.events if self._done < epoch <= trainer.current_epoch]
+        if due:
+            ratio = self.events[due[-1]] * self.request.pruning_ratio
             draft = draft_cut(pl_module, example, replace(self.request, pruning_ratio=ratio))
             self._cut(trainer, pl_module, draft)
-            self._done = epoch
+            self._done = due[-1]
 
     def _cut(self, trainer: pl.Trainer, pl_module: pl.LightningModule, draft: Draft) -> None:
-        """Cut, let the optimizers follow, verify, log, and append to the history."""
+        """Cut, let optimizers and averaged copies follow, verify, log, and append to the history."""
         record = replace(draft.record, epoch=trainer.current_epoch, step=trainer.global_step)
-        apply(pl_module, draft.cut)
-        history.append(pl_module, record)
         every = [unwrapped(optimizer) for optimizer in trainer.optimizers]
+        optimizers.check(every, pl_module)
+        for network in (pl_module, *averaged_copies(trainer)):
+            apply(network, draft.cut)
+            history.append(network, record)
         for optimizer in every:
             optimizers.rebuild(optimizer, pl_module, draft.cut)
         optimizers.check(every, pl_module)
@@ -192,16 +194,6 @@ class PruneCallback(pl.Callback):
         records = history.history_of(pl_module)
         if records and _shows_tables(trainer):
             Console().print(history_table(records))
-
-    @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        pl_module.__dict__.pop("on_load_checkpoint", None)
-
-    @override
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        checkpoint[history.KEY] = history.to_plain(history.history_of(pl_module))
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -223,17 +215,39 @@ def _shows_tables(trainer: pl.Trainer) -> bool:
 
 
 def _tell_shortfall(record: PruneRecord) -> None:
-    if record.reached < record.asked - 0.005:
+    """Warn where less was reached than asked, rounding to whole channels aside."""
+    total = sum(change.dense for change in record.channels.values())
+    rounding = 0.5 * len(record.channels) / max(total, 1) if record.of == "channels" else 0.0
+    if record.reached < record.asked - rounding - 1e-9:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in record.held_back.items())
         rank_zero_warn(f"Asked {record.asked:.1%} of {record.of}, reached {record.reached:.1%}. Held back: {reasons}.")
 
 
+def _told(value: object) -> str:
+    """Write an argument so that equal ones look alike in another process: without addresses."""
+    if callable(value) and not isinstance(value, type) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    return repr(value) if type(value).__repr__ is not object.__repr__ else f"{type(value).__name__}{vars(value)}"
+
+
 def _follow_checkpoints(pl_module: pl.LightningModule) -> None:
-    """Cut the module to a checkpoint's shapes before its weights are loaded; a callback's own hooks come too late."""
-    if "on_load_checkpoint" not in pl_module.__dict__:
-        pl_module.__dict__["on_load_checkpoint"] = partial(_replay_then_load, pl_module)
+    """Write the history into every checkpoint, and cut the module to a checkpoint's shapes before its weights load.
+
+    A callback's own hooks do not do: saving weights only skips them, and for loading they come too late. These stay
+    with the module, so that it is saved with its history whatever Trainer it meets next.
+    """
+    pl_module.__dict__.setdefault("on_save_checkpoint", partial(_save_with_history, pl_module))
+    pl_module.__dict__.setdefault("on_load_checkpoint", partial(_replay_then_load, pl_module))
+
+
+def _save_with_history(pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    checkpoint[history.KEY] = history.to_plain(history.history_of(pl_module))
+    type(pl_module).on_save_checkpoint(pl_module, checkpoint)
 
 
 def _replay_then_load(pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-    history.replay(pl_module, history.from_plain(checkpoint.get(history.KEY, [])))
+    records = history.from_plain(checkpoint.get(history.KEY, []))
+    copies = averaged_copies(pl_module._trainer) if pl_module._trainer is not None else ()
+    for network in (pl_module, *copies):
+        history.replay(network, records)
     type(pl_module).on_load_checkpoint(pl_module, checkpoint)

@@ -11,8 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
 from lightning_prune.cost import count_macs, count_params
+from lightning_prune.graph import read
 from lightning_prune.history import history_of
-from lightning_prune.inputs import bind
 from lightning_prune.report import widths_picture
 
 
@@ -25,20 +25,22 @@ class SparsityMonitor(pl.Callback):
     """
 
     def __init__(self) -> None:
-        self._macs: int | None = None
+        self._dense: dict[str, float] = {}
         self._drawn = 0
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._macs, self._drawn = None, 0
+        self._dense, self._drawn = {}, 0
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._macs is None and not history_of(pl_module):
-            example = batch if pl_module.example_input_array is None else pl_module.example_input_array
-            self._macs = count_macs(pl_module, bind(pl_module, example))
+        if not self._dense and not history_of(pl_module):
+            graph = read(pl_module, batch if pl_module.example_input_array is None else pl_module.example_input_array)
+            widths = {f"channels/{group.name}": float(group.size) for group in graph.groups}
+            counts = {"params": float(count_params(pl_module)), "macs": float(count_macs(pl_module, graph.inputs))}
+            self._dense = {"pruning_ratio": 0.0, **counts, **widths}
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -50,7 +52,7 @@ class SparsityMonitor(pl.Callback):
     def _metrics(self, pl_module: pl.LightningModule) -> dict[str, float]:
         records = history_of(pl_module)
         if not records:
-            return {"pruning_ratio": 0.0, "params": float(count_params(pl_module)), "macs": float(self._macs or 0)}
+            return self._dense
         last = records[-1]
         widths = {f"channels/{name}": float(change.after) for name, change in last.channels.items()}
         return {

@@ -77,13 +77,8 @@ class BNSlimmingCallback(PruneCallback):
         self._handles: list[RemovableHandle] = []
 
     @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self._scales = penalised_scales(pl_module, self.request.ignore)
-
-    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._scales = penalised_scales(pl_module, self.request.ignore)
         super().on_train_start(trainer, pl_module)
         for optimizer in map(unwrapped, trainer.optimizers):
             update = self.penalty.update_for(optimizer)
@@ -110,7 +105,7 @@ class BNSlimmingCallback(PruneCallback):
 
     def _scales_in(self, group: dict[str, Any]) -> list[Parameter]:
         own = {id(parameter) for parameter in group["params"]}
-        return [scale for scale in self._scales if id(scale) in own]
+        return [scale for scale in self._scales if id(scale) in own and scale.requires_grad]
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -121,21 +116,17 @@ class BNSlimmingCallback(PruneCallback):
 
 
 def penalised_scales(pl_module: pl.LightningModule, ignore: Sequence[str]) -> list[Parameter]:
-    """List the trainable scales of all BatchNorm layers (1d, 2d, 3d, Sync) outside `ignore`.
+    """List the scales of all BatchNorm layers (1d, 2d, 3d, Sync) outside `ignore`.
 
     Raises:
         MisconfigurationException: There is none.
     """
     protected = ignored_tensors(pl_module, ignore)
     layers = [(name, module) for name, module in pl_module.named_modules() if isinstance(module, _BatchNorm)]
-    scales = [
-        layer.weight
-        for name, layer in layers
-        if layer.affine and layer.weight.requires_grad and f"{name}.weight" not in protected
-    ]
+    scales = [layer.weight for name, layer in layers if layer.affine and f"{name}.weight" not in protected]
     if not scales:
         raise MisconfigurationException(
-            f"BNSlimmingCallback needs trainable BatchNorm scales, and {type(pl_module).__name__} has none "
+            f"BNSlimmingCallback needs BatchNorm scales, and {type(pl_module).__name__} has none "
             f"(ignore={list(ignore)}). Add BatchNorm layers, or use MagnitudePruneCallback."
         )
     return scales

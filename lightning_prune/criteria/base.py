@@ -51,7 +51,7 @@ def score_groups(criterion: Criterion, model: nn.Module, groups: Iterable[Channe
     scores = {}
     with torch.no_grad():
         for name in dict.fromkeys(member.tensor for group in free for member in group.members):
-            if not tensor_at(model, name).sum().isfinite():
+            if not tensor_at(model, name).isfinite().all():
                 raise ScoreError(_nothing_cut(f"{name} holds NaN or infinite values"))
         for group in free:
             raw = criterion.score(model, group)

@@ -1,10 +1,11 @@
 """How each ATen operation carries labels from its inputs to its outputs."""
 
 from lightning_prune.handlers import contraction, factories, movement, normalization, pointwise, pooling, reduction
-from lightning_prune.handlers.registry import Call, handler_for, handles, packets, tensors_in
+from lightning_prune.handlers.registry import Call, Handler, handler_for, handles, packets
 
 __all__ = [
     "Call",
+    "Handler",
     "contraction",
     "factories",
     "handler_for",
@@ -15,5 +16,4 @@ __all__ = [
     "pointwise",
     "pooling",
     "reduction",
-    "tensors_in",
 ]

@@ -39,19 +39,13 @@ def convolution(flow: Flow, call: Call) -> None:
 def _grouped(
     flow: Flow, source: LabelArray | None, outer: LabelArray | None, inner: LabelArray | None, groups: int, where: str
 ) -> LabelArray | None:
-    """Return the output channels of a grouped convolution.
-
-    In a depthwise one outputs follow their input channel, unless all inputs are one channel (whose convolution
-    groups have shrunk to a single input each): then the groups stay as they are.
-    """
-    depthwise = inner is None and not (source is not None and (source == source[0]).all())
-    if depthwise and outer is not None:
-        flow.tie(None if source is None else np.repeat(source, len(outer) // groups), outer, where)
-    else:
+    """Return the output channels of a grouped convolution; depthwise ones follow their input channel."""
+    if inner is not None:
         _tie_groups(flow, outer, groups)
         _tie_groups(flow, source, groups)
-    if inner is not None:
         flow.tie(None if source is None else source[: len(inner)], inner, where)
+    elif outer is not None:
+        flow.tie(None if source is None else np.repeat(source, len(outer) // groups), outer, where)
     return outer
 
 

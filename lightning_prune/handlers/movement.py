@@ -44,8 +44,6 @@ def transpose(flow: Flow, call: Call) -> None:
 def expand(flow: Flow, call: Call) -> None:
     """A dimension that is widened holds copies of one element: they are free until they meet something."""
     source: Tensor = call["self"]
-    if not flow.is_labelled(source):
-        return
     new = call.out.dim() - source.dim()
     labels: list[LabelArray | None] = [*[None] * new, *flow.of(source)]
     for dim, size in enumerate(call.out.shape):
@@ -58,8 +56,6 @@ def expand(flow: Flow, call: Call) -> None:
 def repeat(flow: Flow, call: Call) -> None:
     """Labels repeat with their dimension; copies of a single element are free."""
     source: Tensor = call["self"]
-    if not flow.is_labelled(source):
-        return
     new = call.out.dim() - source.dim()
     labels: list[LabelArray | None] = []
     for dim, times in enumerate(call["repeats"]):
@@ -160,6 +156,18 @@ def split(flow: Flow, call: Call) -> None:
             labels[dim] = whole[start:stop]
         flow.put(out, labels)
         start = stop
+
+
+@handles(aten.glu)
+def glu(flow: Flow, call: Call) -> None:
+    """The second half gates the first."""
+    labels = list(flow.of(call["self"]))
+    dim = call["dim"]
+    whole = labels[dim]
+    if whole is not None:
+        _tie_chunks(flow, whole, len(whole) // 2)
+        labels[dim] = whole[: len(whole) // 2]
+    flow.put(call.out, labels)
 
 
 @handles(aten.flip)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_prune.handlers.registry import Call, handles, packets, tensors_in
+from lightning_prune.handlers.registry import Call, handles, packets
+from lightning_prune.inputs import tensors_in
 from lightning_prune.labels import Flow, LabelArray
 
 aten = torch.ops.aten
@@ -62,3 +63,16 @@ def group_norm(flow: Flow, call: Call) -> None:
         flow.space.tie(rows, rows[:1])
     _tie_all(flow, channels, call.tensors[1:], call.name)
     flow.put(call.out[0], flow.of(source))
+    if groups == source.shape[1]:
+        for statistics in call.out[1:]:
+            flow.put(statistics, [None, channels])
+
+
+@handles(*packets("_weight_norm_interface"))
+def weight_norm(flow: Flow, call: Call) -> None:
+    """The direction keeps its labels; the magnitude has one entry for each position of one dimension of it."""
+    labels, dim = flow.of(call["v"]), call["dim"]
+    flow.tie(labels[dim], flow.of(call["g"])[dim], call.name)
+    weight, norms = call.out
+    flow.put(weight, labels)
+    flow.put(norms, [part if place == dim else None for place, part in enumerate(labels[: norms.dim()])])

@@ -6,18 +6,18 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from lightning_prune.handlers.registry import Call, handles, handles_pointwise, packets, tensors_in
+from lightning_prune.handlers.registry import Call, handles, handles_pointwise, packets
+from lightning_prune.inputs import tensors_in
 from lightning_prune.labels import Flow, LabelArray
 
 
 def align(flow: Flow, dimensions: Iterable[LabelArray | None], where: str) -> LabelArray | None:
-    """Tie dimensions of equal size to each other, and return the labels of the first that has any."""
+    """Tie dimensions of equal size to each other, and return their labels; None if one of them holds no channels."""
     aligned = list(dimensions)
     first = next((labels for labels in aligned if labels is not None), None)
-    if first is not None:
-        for labels in aligned:
-            flow.tie(first, labels, where)
-    return first
+    for labels in aligned:
+        flow.tie(first, labels, where)
+    return None if any(labels is None for labels in aligned) else first
 
 
 def broadcast(flow: Flow, tensors: Sequence[Tensor], shape: Sequence[int], where: str) -> list[LabelArray | None]:

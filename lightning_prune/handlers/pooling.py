@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 
-from lightning_prune.handlers.registry import Call, handles, packets, tensors_in
+from lightning_prune.handlers.registry import Call, handles, packets
+from lightning_prune.inputs import tensors_in
 from lightning_prune.labels import Flow
 
 _POOLS = packets(
     "avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices "
     "max_pool3d_with_indices adaptive_avg_pool1d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool2d "
-    "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d fractional_max_pool2d "
-    "fractional_max_pool3d"
+    "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d"
 )
 _RESAMPLINGS = packets(
     "upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d "
@@ -35,3 +35,12 @@ def pool(flow: Flow, call: Call) -> None:
         flow.freeze(mixed, f"is pooled or resampled in {call.name}")
     for out in tensors_in(call.out):
         flow.put(out, [*labels[:-spatial], *[None] * spatial])
+
+
+@handles(*packets("fractional_max_pool2d fractional_max_pool3d"))
+def fractional_pool(flow: Flow, call: Call) -> None:
+    """Every channel has random samples (batch, channels, n) of its own."""
+    source, samples = call.tensors
+    for dim in (0, 1):
+        flow.tie(flow.of(source)[dim], flow.of(samples)[dim], call.name)
+    pool(flow, call)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_prune.handlers.registry import Call, handles, packets, tensors_in
+from lightning_prune.handlers.registry import Call, handles, packets
+from lightning_prune.inputs import tensors_in
 from lightning_prune.labels import Flow, LabelArray
 
 aten = torch.ops.aten

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeAlias
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 
+from lightning_prune.inputs import tensors_in
 from lightning_prune.labels import Flow
 
 
@@ -58,20 +59,6 @@ class Call:
     def tensors(self) -> list[Tensor]:
         """All tensors that go in, those in lists included."""
         return list(tensors_in((self.args, self.kwargs)))
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested lists, tuples and mappings, and in the attributes of plain output objects."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (list, tuple, set)):
-        for item in value:
-            yield from tensors_in(item)
-    elif hasattr(value, "__dataclass_fields__"):
-        yield from tensors_in(vars(value))
 
 
 Handler: TypeAlias = Callable[[Flow, Call], None]
