@@ -167,8 +167,10 @@ def load_pruned(model: Model, path: str | os.PathLike[str]) -> Model:
     except FileNotFoundError:
         raise
     except UnpicklingError as error:
+        if "Unsupported global" not in str(error):
+            raise HistoryError(f"{path} is no checkpoint: it is damaged, or of another kind.") from error
         raise HistoryError(
-            f"{path} holds more than weights and plain data, which is not read for safety: {error}. If it is yours, "
+            f"{path} holds more than weights and plain data, which is not read for safety. If it is yours, "
             "keep objects out of its hyper-parameters (`save_hyperparameters(ignore=...)`) and save it again."
         ) from error
     except Exception as error:

@@ -211,7 +211,6 @@ def test_the_modules_own_hook_still_runs(tmp_path: Path) -> None:
     fit(module, METHODS["magnitude"](), ckpt=tmp_path / "4.ckpt")
     assert module.loaded is not None
     assert module.loaded["epoch"] == 4
-    assert "on_load_checkpoint" not in vars(module)
 
 
 def test_a_module_is_copied_with_its_hook_in_the_middle_of_a_fit() -> None:

@@ -330,7 +330,7 @@ def test_no_code_runs(tmp_path: Path) -> None:
     written(tmp_path / "trap.pt", {"state_dict": network().state_dict(), KEY: [], "extra": Trap(victim)})
     (tmp_path / "trap.pkl").write_bytes(pickle.dumps({"state_dict": {}, KEY: Trap(victim)}))
     for name in ("trap.pt", "trap.pkl"):
-        with pytest.raises(HistoryError, match="is no checkpoint"):
+        with pytest.raises(HistoryError, match=r"is no checkpoint|holds more than weights and plain data"):
             load_pruned(network(), tmp_path / name)
         assert not victim.exists()
     pickle.loads((tmp_path / "trap.pkl").read_bytes())

@@ -215,7 +215,6 @@ def test_no_hooks_are_left_behind() -> None:
     fit.fit(module)
     (optimizer,) = fit.optimizers
     assert not optimizer._optimizer_step_post_hooks
-    assert "on_load_checkpoint" not in vars(module)
 
 
 def test_slimming_is_a_prune_callback_with_defaults_of_the_paper() -> None:
