@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from lightning_prune.tensors import tensor_at
 from lightning_prune.types import Attributes
 
 Size: TypeAlias = "int | tuple[int, ...]"
@@ -57,6 +58,12 @@ def _embedding(layer: nn.Embedding | nn.EmbeddingBag) -> Sizes:
     return {"num_embeddings": layer.weight.shape[0], "embedding_dim": layer.weight.shape[1]}
 
 
+def _rnn(layer: nn.RNNBase) -> Sizes:
+    from_input, from_hidden = (tensor_at(layer, f"weight_{part}_l0") for part in ("ih", "hh"))
+    hidden = layer.hidden_size if layer.proj_size else from_hidden.shape[1]
+    return {"input_size": from_input.shape[1], "hidden_size": hidden}
+
+
 def _prelu(layer: nn.PReLU) -> Sizes:
     return {"num_parameters": layer.weight.shape[0]}
 
@@ -69,6 +76,7 @@ _TABLE: tuple[tuple[type | tuple[type, ...], Callable[..., Sizes]], ...] = (
     (nn.GroupNorm, _group_norm),
     ((nn.Embedding, nn.EmbeddingBag), _embedding),
     (nn.PReLU, _prelu),
+    (nn.RNNBase, _rnn),
 )
 
 

@@ -124,8 +124,20 @@ def verify(model: nn.Module, graph: Graph, plan: PruningPlan, cut: Cut) -> dict[
     """Run the cut model without changing the real one, and return the groups that it refuses, with reasons.
 
     The cut run must be the dense run with the removed positions left out: the same operations, each with the same
-    positions in its outputs, in the same order.
+    positions in its outputs, in the same order. Where a failure concerns no group in particular, each is tried alone.
     """
+    refused = _try_out(model, graph, plan, cut)
+    if not 1 < len(refused) == len(plan.removed):
+        return refused
+    alone: dict[str, str] = {}
+    for name, indices in plan.removed.items():
+        part = PruningPlan({name: indices})
+        alone |= _try_out(model, graph, part, prepare(model, graph, part))
+    return alone or refused
+
+
+def _try_out(model: nn.Module, graph: Graph, plan: PruningPlan, cut: Cut) -> dict[str, str]:
+    """Run the cut model and compare; return the groups that failures concern, or all where that is not known."""
     fate = _Fate(graph, plan)
     for setting, dense in graph.runs.items():
         flow = Flow(LabelSpace(fate.count))

@@ -140,7 +140,7 @@ def _tie_chunks(flow: Flow, labels: LabelArray, length: int) -> None:
     flow.space.tie(chunks, chunks[:1])
 
 
-@handles(*packets("split split_with_sizes chunk split_copy split_with_sizes_copy"))
+@handles(*packets("split split_with_sizes unsafe_split unsafe_split_with_sizes split_copy split_with_sizes_copy"))
 def split(flow: Flow, call: Call) -> None:
     """Each part takes its labels along; equal parts are tied, so that halves stay halves."""
     labels = list(flow.of(call["self"]))
