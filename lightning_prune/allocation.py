@@ -162,7 +162,7 @@ def allocate(
             width = limits.rounded(width, least[name], len(values))
         if width < len(values):
             removed[name] = values.argsort(stable=True)[: len(values) - width].sort().values
-        if width > wanted[name]:
+        if width > wanted[name] and dense[name] > 1:
             held_back[name] = _reason(limits, allocation.cap, wanted[name], given[name], width)
     return PruningPlan(removed, held_back)
 

@@ -8,10 +8,10 @@ from time import perf_counter
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_prune.flow import Flow
 from lightning_prune.inputs import Inputs, tensors_in
-from lightning_prune.labels import Flow, LabelSpace
+from lightning_prune.labels import LabelSpace
 from lightning_prune.tensors import named_tensors
 from lightning_prune.trace import SUBSTRATES, Setting, run
 from lightning_prune.types import Attributes
@@ -34,9 +34,10 @@ def count_macs(
     tensors: Mapping[str, Tensor] | None = None,
     attributes: Attributes | None = None,
 ) -> int:
-    """Count the multiply-accumulates per example of a forward pass in eval mode, with `torch.utils.flop_counter`.
+    """Count the multiply-accumulates per example of a forward pass in eval mode.
 
-    The model runs on meta tensors where it can: on CPU tensors the counter silently gives 0 for attention.
+    The formulas are those of `torch.utils.flop_counter`. The model runs on meta tensors where it can: on CPU tensors
+    there is no formula for attention.
 
     Args:
         model: The model; it is not changed.
@@ -46,15 +47,19 @@ def count_macs(
     """
     everything = {**named_tensors(model), **(tensors or {})}
     for substrate in SUBSTRATES:
-        with FlopCounterMode(display=False) as counter:
-            try:
-                run(model, inputs, Setting(substrate), Flow(LabelSpace()), everything, {}, attributes)
-            except Exception:
-                if substrate == SUBSTRATES[-1]:
-                    raise
-                continue
-        break
-    return int(counter.get_total_flops()) // 2 // _batch_size(inputs)
+        try:
+            done = run(model, inputs, Setting(substrate), Flow(LabelSpace()), everything, {}, attributes)
+        except Exception:
+            if substrate == SUBSTRATES[-1]:
+                raise
+        else:
+            break
+    return per_example(done.macs, inputs)
+
+
+def per_example(macs: int, inputs: Inputs) -> int:
+    """Divide the multiply-accumulates of a run by the batch size of its inputs."""
+    return macs // _batch_size(inputs)
 
 
 def _batch_size(inputs: Inputs) -> int:

@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lightning_prune.errors import TraceError
+from lightning_prune.flow import Flow
 from lightning_prune.inputs import ExampleInputs, Inputs, bind
-from lightning_prune.labels import Flow, LabelArray, Labels, LabelSpace
+from lightning_prune.labels import LabelArray, Labels, LabelSpace
+from lightning_prune.rectangles import check_heads, settle
 from lightning_prune.tensors import named_tensors
 from lightning_prune.trace import SUBSTRATES, Run, Setting, run
-from lightning_prune.types import ChannelGroup, Member
+from lightning_prune.types import ChannelGroup, Heads, Member
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +44,14 @@ class Graph:
     roots: LabelArray
     runs: Mapping[Setting, Run]
 
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the forward pass in eval mode, for the whole batch."""
+        return next(iter(self.runs.values())).macs
+
 
 def find_groups(
-    model: nn.Module, example_inputs: ExampleInputs, ignore: Sequence[str] = ()
+    model: nn.Module, example_inputs: ExampleInputs, ignore: Sequence[str] = (), heads: Heads = "whole"
 ) -> tuple[ChannelGroup, ...]:
     """Find the channels that can only go together.
 
@@ -56,12 +63,14 @@ def find_groups(
         example_inputs: A tensor, a tuple of positional inputs, a dict of keyword inputs, or a whole batch.
         ignore: Patterns of module names that are not to be touched (`fnmatch` style); a pattern that matches a
             module covers all that is inside it.
+        heads: What a channel of an attention is: "whole" takes a head with all that it holds, "inside" takes the
+            same part of the width of every head, "keep" leaves attentions as they are inside.
 
     Returns:
         The channel groups in the order in which the model makes them, frozen ones included.
 
     Raises:
-        ValueError: A pattern of `ignore` matches no module.
+        ValueError: A pattern of `ignore` matches no module, or `heads` is none of the three.
         TraceError: The model's forward fails on the example inputs.
 
     Example:
@@ -71,11 +80,12 @@ def find_groups(
         0 8 None
         3 4 reaches the model's output
     """
-    return read(model, example_inputs, ignore).groups
+    return read(model, example_inputs, ignore, heads).groups
 
 
-def read(model: nn.Module, example_inputs: ExampleInputs, ignore: Sequence[str] = ()) -> Graph:
+def read(model: nn.Module, example_inputs: ExampleInputs, ignore: Sequence[str] = (), heads: Heads = "whole") -> Graph:
     """Find the channel groups and keep what is needed to verify a cut; see `find_groups`."""
+    check_heads(heads)
     ignored = ignored_tensors(model, ignore)
     inputs = bind(model, example_inputs)
     index = _Index({name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()})
@@ -86,6 +96,7 @@ def read(model: nn.Module, example_inputs: ExampleInputs, ignore: Sequence[str] 
     for name in unread:
         for labels in index.labels[name]:
             flow.freeze(labels, "is not used by the forward pass")
+    settle(flow.space, flow.rectangles, flow.attended, len(index.tensor_dim), heads)
     if flow.unknown:
         warnings.warn(
             f"No handler for {', '.join(sorted(flow.unknown))}: the channels that enter there are frozen. "

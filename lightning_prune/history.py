@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from lightning_prune.cut import Cut
 from lightning_prune.errors import HistoryError
-from lightning_prune.surgery import Cut, apply
+from lightning_prune.surgery import apply
 from lightning_prune.tensors import named_tensors
 from lightning_prune.types import Change, PruneRecord
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -46,6 +46,17 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
     elif hasattr(value, "__dataclass_fields__"):
         yield from tensors_in(vars(value))
+
+
+def flat_tensors(values: Iterable[Any]) -> list[Tensor]:
+    """List the tensors among the arguments or results of an operation, where lists are all the nesting there is."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif type(value) in (list, tuple):
+            found.extend(item for item in value if isinstance(item, Tensor))
+    return found
 
 
 def bind(model: nn.Module, example: ExampleInputs) -> Inputs:

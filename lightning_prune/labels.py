@@ -1,21 +1,16 @@
-"""Labels for the positions of tensors, and the union-find that says which of them share a fate."""
+"""Labels for positions, and the union-find that says which of them share a fate."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 LabelArray: TypeAlias = NDArray[np.int64]
 Labels: TypeAlias = tuple[LabelArray | None, ...]
 """Per dimension of a tensor its labels, or None where the dimension holds no channels."""
-
-_LABELS = "_lightning_prune_labels"
-_ALL_LABELS = "_lightning_prune_all_labels"
-_TAINT = "_lightning_prune_taint"
 
 
 class LabelSpace:
@@ -23,6 +18,10 @@ class LabelSpace:
 
     Args:
         size: How many labels there are from the start.
+
+    Attributes:
+        allocations: The first label and the number of those made since, for each time that some were.
+        decisions: What was decided about factors, in order.
     """
 
     def __init__(self, size: int = 0) -> None:
@@ -30,11 +29,19 @@ class LabelSpace:
         self._size = size
         self._ties: list[tuple[LabelArray, LabelArray]] = []
         self._frozen: list[tuple[LabelArray, str]] = []
+        self.allocations: list[tuple[int, int]] = []
+        self.decisions: list[tuple[int, ...]] = []
 
     def fresh(self, count: int) -> LabelArray:
         """Make `count` labels that nothing else carries yet."""
+        self.allocations.append((self._size, count))
         self._size += count
         return np.arange(self._size - count, self._size)
+
+    def decide(self, compute: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
+        """Make a decision that depends on what is tied so far, and remember it."""
+        self.decisions.append(compute())
+        return self.decisions[-1]
 
     def tie(self, left: LabelArray, right: LabelArray) -> None:
         """Say that the labels live or die together, element by element (arrays broadcast)."""
@@ -81,88 +88,3 @@ class LabelSpace:
             np.minimum.at(first, roots[labels], rank[reason])
         first[first == len(texts)] = -1
         return first[roots], texts
-
-
-class Flow:
-    """What handlers work with: the labels that tensors carry while the model runs.
-
-    Args:
-        space: Where labels come from and are tied.
-
-    Attributes:
-        made: The labels that operations with weights made, in order.
-        unknown: The operations without a handler that labels went into.
-        current: The operation that runs, and its arguments: after a failure, the one that failed.
-    """
-
-    def __init__(self, space: LabelSpace) -> None:
-        self.space = space
-        self.made: list[LabelArray] = []
-        self.unknown: set[str] = set()
-        self.current: tuple[str, object] = ("", ())
-
-    @staticmethod
-    def of(tensor: Tensor) -> Labels:
-        """Read the labels of a tensor."""
-        labels: Labels | None = getattr(tensor, _LABELS, None)
-        return (None,) * tensor.dim() if labels is None else labels
-
-    @staticmethod
-    def put(tensor: Tensor, labels: Sequence[LabelArray | None]) -> None:
-        """Give a tensor its labels. A dimension of size 1 never carries any: it broadcasts."""
-        kept = tuple(
-            None if label is None or size == 1 else label for label, size in zip(labels, tensor.shape, strict=True)
-        )
-        setattr(tensor, _LABELS, kept)
-        setattr(tensor, _ALL_LABELS, tuple(labels))
-
-    @staticmethod
-    def everything(tensor: Tensor) -> Labels:
-        """Read the labels that a tensor was given, those of dimensions of size 1 too."""
-        labels: Labels | None = getattr(tensor, _ALL_LABELS, None)
-        return (None,) * tensor.dim() if labels is None else labels
-
-    @staticmethod
-    def is_labelled(tensor: Tensor) -> bool:
-        """Tell whether any dimension carries labels."""
-        return any(label is not None for label in getattr(tensor, _LABELS, ()))
-
-    def tie(self, left: LabelArray | None, right: LabelArray | None, where: str) -> None:
-        """Tie two dimensions; one that meets a dimension without channels is frozen."""
-        if left is not None and right is not None:
-            self.space.tie(left, right)
-        else:
-            self.freeze(left if right is None else right, f"meets a dimension that holds no channels in {where}")
-
-    def freeze(self, labels: LabelArray | None, reason: str) -> None:
-        """Freeze the labels of a dimension, if it has any."""
-        if labels is not None:
-            self.space.freeze(labels, reason)
-
-    def freeze_tensor(self, tensor: Tensor, reason: str) -> None:
-        """Freeze all dimensions of a tensor."""
-        for labels in self.of(tensor):
-            self.freeze(labels, reason)
-
-    def fixed(self, count: int, reason: str) -> LabelArray:
-        """Make labels that are frozen from the start, for positions that belong to no channel."""
-        labels = self.space.fresh(count)
-        self.space.freeze(labels, reason)
-        return labels
-
-    def make(self, labels: LabelArray | None) -> None:
-        """Note that an operation makes these channels: its weights give a group its name."""
-        if labels is not None:
-            self.made.append(labels)
-
-    @staticmethod
-    def taint(tensor: Tensor, labels: LabelArray | None, reason: str) -> None:
-        """Mark a tensor that holds channel numbers: the channels freeze as soon as anybody reads it."""
-        if labels is not None:
-            setattr(tensor, _TAINT, (labels, reason))
-
-    def read_taint(self, tensor: Tensor) -> None:
-        """Freeze what a tainted tensor is about, since it is being used."""
-        taint: tuple[LabelArray, str] | None = getattr(tensor, _TAINT, None)
-        if taint is not None:
-            self.space.freeze(*taint)

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from lightning_prune.cut import Cut, cut_tensor
 from lightning_prune.errors import PruningError
-from lightning_prune.surgery import Cut, cut_tensor
 
 
 def rebuild(optimizer: Optimizer, model: nn.Module, cut: Cut) -> None:

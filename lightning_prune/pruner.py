@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from lightning_prune import history
 from lightning_prune.allocation import Allocation, Limits, Uniform, allocate
-from lightning_prune.cost import count_macs, count_params
+from lightning_prune.cost import count_macs, count_params, per_example
 from lightning_prune.criteria import Criterion, Magnitude, score_groups
+from lightning_prune.cut import Cut, cut_shapes, prepare
 from lightning_prune.graph import Graph, read
 from lightning_prune.inputs import ExampleInputs
-from lightning_prune.surgery import Cut, apply, cut_shapes, prepare, verify
-from lightning_prune.types import UNITS, Change, PruneRecord, PruningPlan, Unit
+from lightning_prune.rectangles import check_heads
+from lightning_prune.surgery import apply
+from lightning_prune.types import UNITS, Change, Heads, PruneRecord, PruningPlan, Unit
+from lightning_prune.verification import Trial, verify
 
 _SEARCH_STEPS = 14
 
@@ -31,6 +34,7 @@ class Request:
         criterion: How channels are scored.
         allocation: How the ratio is shared out over the groups.
         ignore: Patterns of module names that are not to be touched.
+        heads: How attention heads are cut: "whole", "inside" or "keep" (see `find_groups`).
         limits: What no plan goes beyond.
 
     Raises:
@@ -43,6 +47,7 @@ class Request:
     criterion: Criterion = field(default_factory=Magnitude)
     allocation: Allocation = field(default_factory=Uniform)
     ignore: Sequence[str] = ()
+    heads: Heads = "whole"
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -53,6 +58,7 @@ class Request:
             )
         if self.of not in UNITS:
             raise ValueError(f"`of` is what the ratio counts, one of {', '.join(map(repr, UNITS))}; got {self.of!r}.")
+        check_heads(self.heads)
         if isinstance(self.ignore, str):
             raise TypeError(f"`ignore` is a sequence of patterns; got the string {self.ignore!r}: put it in a list.")
 
@@ -66,6 +72,7 @@ def prune(
     criterion: Criterion | None = None,
     allocation: Allocation | None = None,
     ignore: Sequence[str] = (),
+    heads: Heads = "whole",
     min_channels: int = 1,
     round_to: int | None = None,
 ) -> PruneRecord:
@@ -79,6 +86,7 @@ def prune(
         criterion: How channels are scored; `Magnitude()` if None.
         allocation: How the ratio is shared out over the groups; `Uniform()` if None.
         ignore: Patterns of module names that are not to be touched.
+        heads: How attention heads are cut: "whole", "inside" or "keep" (see `find_groups`).
         min_channels: Channels that each group keeps at least.
         round_to: Widths are rounded to the nearest multiple of it.
 
@@ -97,7 +105,7 @@ def prune(
         (5, 0.5)
     """
     limits = Limits(min_channels, round_to)
-    request = Request(pruning_ratio, of, criterion or Magnitude(), allocation or Uniform(), ignore, limits)
+    request = Request(pruning_ratio, of, criterion or Magnitude(), allocation or Uniform(), ignore, heads, limits)
     draft = draft_cut(model, example_inputs, request)
     apply(model, draft.cut)
     history.append(model, draft.record)
@@ -122,7 +130,7 @@ def draft_cut(model: nn.Module, example_inputs: ExampleInputs, request: Request)
 
     A group whose cut would not work is frozen with the reason, and the rest is planned anew.
     """
-    graph = read(model, example_inputs, request.ignore)
+    graph = read(model, example_inputs, request.ignore, request.heads)
     scores = score_groups(request.criterion, model, graph.groups)
     if not scores:
         frozen = "; ".join(f"{group.name}: {group.frozen}" for group in graph.groups if group.frozen)
@@ -135,12 +143,11 @@ def draft_cut(model: nn.Module, example_inputs: ExampleInputs, request: Request)
     while True:
         free = {name: values for name, values in scores.items() if name not in refused}
         plan = _plan(model, graph, free, request, baseline)
-        cut = prepare(model, graph, plan)
-        trouble = verify(model, graph, plan, cut)
-        if not trouble:
+        trial = verify(model, graph, plan, prepare(model, graph, plan))
+        if not trial.refused:
             break
-        refused.update(trouble)
-    return Draft(cut, _record(model, graph, plan, cut, request, baseline, refused))
+        refused.update(trial.refused)
+    return Draft(trial.cut, _record(model, graph, plan, trial, request, baseline, refused))
 
 
 @dataclass(frozen=True)
@@ -163,7 +170,7 @@ class Baseline:
     def of(cls, model: nn.Module, graph: Graph, scores: Mapping[str, Tensor]) -> Baseline:
         """Take it from the model's history, or from the model itself while nothing has been cut."""
         past = history.history_of(model)
-        macs_now = count_macs(model, graph.inputs)
+        macs_now = per_example(graph.macs, graph.inputs)
         known = past[0].channels if past else {}
         channels = {name: known[name].dense if name in known else len(values) for name, values in scores.items()}
         if not past:
@@ -214,7 +221,7 @@ def _record(
     model: nn.Module,
     graph: Graph,
     plan: PruningPlan,
-    cut: Cut,
+    trial: Trial,
     request: Request,
     baseline: Baseline,
     refused: Mapping[str, str],
@@ -225,10 +232,9 @@ def _record(
     for group in graph.groups:
         dense = known[group.name].dense if group.name in known else group.size
         channels[group.name] = Change(dense, group.size, group.size - len(plan.removed.get(group.name, ())))
-    standins = cut_shapes(model, cut.kept)
-    params = Change(baseline.params, count_params(model), count_params(model, standins))
-    macs_after = count_macs(model, graph.inputs, standins, cut.attributes) if cut.kept else baseline.macs_now
-    macs = Change(baseline.macs, baseline.macs_now, macs_after)
+    cut = trial.cut
+    params = Change(baseline.params, count_params(model), count_params(model, cut_shapes(model, cut.kept)))
+    macs = Change(baseline.macs, baseline.macs_now, per_example(trial.macs, graph.inputs))
     counted = [channels[name] for name in baseline.channels]
     total = Change(*(sum(getattr(change, part) for change in counted) for part in ("dense", "before", "after")))
     frozen = {group.name: f"frozen: {group.frozen}" for group in graph.groups if group.frozen}

@@ -16,11 +16,14 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import flop_registry
 
 from lightning_prune.errors import TraceError
+from lightning_prune.flow import Flow
 from lightning_prune.handlers import Call, Handler, factories, handler_for, movement
-from lightning_prune.inputs import Inputs, tensors_in
-from lightning_prune.labels import Flow, Labels
+from lightning_prune.inputs import Inputs, flat_tensors, tensors_in
+from lightning_prune.labels import Labels
+from lightning_prune.meta import kernel_for
 from lightning_prune.tensors import swapped
 from lightning_prune.types import Attributes
 
@@ -45,17 +48,23 @@ class Setting:
     training: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """One operation of a run.
 
     Attributes:
         name: The operation.
+        inputs: The shapes of the tensors that it read.
         outputs: The shape and the labels of each tensor that it returned.
+        fresh: The first label and the number of those that were made here, for each time that some were.
+        decisions: What was decided here.
     """
 
     name: str
+    inputs: tuple[tuple[int, ...], ...]
     outputs: tuple[tuple[tuple[int, ...], Labels], ...]
+    fresh: tuple[tuple[int, int], ...] = ()
+    decisions: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,11 +75,24 @@ class Run:
         steps: The operations in order.
         outputs: The shapes of the tensors that the model returned.
         unread: The names of the tensors that no operation has read.
+        macs: The multiply-accumulates, for the whole batch.
     """
 
     steps: list[Step]
     outputs: list[tuple[int, ...]]
     unread: set[str]
+    macs: int
+
+
+class Watcher:
+    """Looks on while a model runs; what it raises ends the run."""
+
+    def before(self, name: str) -> Step | None:
+        """See the name of the operation that comes next; return its like in the dense run, if there is one."""
+        return None
+
+    def after(self, step: Step) -> None:
+        """See what an operation has done."""
 
 
 def run(
@@ -81,6 +103,7 @@ def run(
     tensors: Mapping[str, Tensor],
     labels: Mapping[str, Labels],
     attributes: Attributes | None = None,
+    watcher: Watcher | None = None,
 ) -> Run:
     """Run the model once and let the labels flow; the model is afterwards what it was.
 
@@ -92,6 +115,7 @@ def run(
         tensors: Name -> tensor to use in place of the model's own (of another shape in a trial cut).
         labels: Name -> labels of that tensor.
         attributes: Module attributes to set for the run.
+        watcher: Looks on.
 
     Returns:
         What happened.
@@ -110,7 +134,7 @@ def run(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         given = (inputs.map(_at_least_two) if setting.training else inputs).map(make)
-        tracer = Tracer(flow, standins, meta=setting.substrate == "meta")
+        tracer = Tracer(flow, standins, watcher or Watcher(), meta=setting.substrate == "meta")
         stack.enter_context(tracer)
         outputs = list(_returned(given.call(model)))
     if not outputs:
@@ -118,7 +142,16 @@ def run(
     for output in outputs:
         flow.read_taint(output)
         flow.freeze_tensor(output, "reaches the model's output")
-    return Run(tracer.steps, [tuple(output.shape) for output in outputs], set(tracer.unread.values()))
+    shapes = [tuple(output.shape) for output in outputs]
+    return Run(tracer.steps, shapes, set(tracer.unread.values()), tracer.flops // 2)
+
+
+def _shapes(call: Call, dense: Step) -> dict[int, tuple[int, ...]]:
+    """Return id -> shape in the dense run for the tensors of an operation."""
+    results = [shape for shape, _ in dense.outputs]
+    going_out = zip(flat_tensors((call.out,)), results, strict=False)
+    going_in = zip(call.tensors, dense.inputs, strict=False)
+    return {id(tensor): shape for tensor, shape in (*going_out, *going_in) if tensor.dim() == len(shape)}
 
 
 def _returned(value: Any) -> Iterator[Tensor]:
@@ -165,35 +198,51 @@ class Tracer(TorchDispatchMode):
     Args:
         flow: What the handlers work with.
         standins: Name -> tensor of the model.
+        watcher: Looks on.
         meta: Whether the model runs on meta tensors, which do not mix with those of other devices.
 
     Attributes:
         steps: The operations so far.
         unread: id -> name of the tensors of the model that no operation has read yet.
+        flops: Floating point operations so far, as `torch.utils.flop_counter` counts them.
     """
 
-    def __init__(self, flow: Flow, standins: Mapping[str, Tensor], *, meta: bool) -> None:
+    def __init__(self, flow: Flow, standins: Mapping[str, Tensor], watcher: Watcher, *, meta: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._flow, self._meta = flow, meta
+        self._flow, self._watcher, self._meta = flow, watcher, meta
         self.steps: list[Step] = []
         self.unread = {id(tensor): name for name, tensor in standins.items()}
+        self.flops = 0
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = dict(kwargs or {})
+        given = kwargs or {}
         if self._meta and handler_for(func) is factories.uniform:
-            given["device"] = torch.device("meta")
+            given = {**given, "device": torch.device("meta")}
         self._flow.current = (str(func), (args, given))
+        dense = self._watcher.before(str(func))
+        call = self._called(func, args, given)
+        if dense is not None:
+            self._flow.told = _shapes(call, dense)
+        self._explain(call)
+        count = flop_registry.get(func.overloadpacket)
+        if count is not None:
+            self.flops += count(*call.args, **call.kwargs, out_val=call.out)
+        return call.out
+
+    def _called(self, func: OpOverload, args: tuple[Any, ...], given: Mapping[str, Any]) -> Call:
+        kernel = kernel_for(func) if self._meta else None
+        out = None if kernel is None else kernel(*args, **given)
+        if out is not None:
+            return Call(func, args, given, out)
         try:
-            out = func(*args, **given)
+            return Call(func, args, given, func(*args, **given))
         except (RuntimeError, NotImplementedError):
             if not self._meta or all(tensor.is_meta for tensor in tensors_in((args, given))):
                 raise
             args, given = tree_map(self._to_meta, (args, given))
-            out = func(*args, **given)
-        self._explain(Call(func, args, given, out))
-        return out
+            return Call(func, args, given, func(*args, **given))
 
     def _to_meta(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.is_meta:
@@ -209,11 +258,16 @@ class Tracer(TorchDispatchMode):
             self._flow.read_taint(tensor)
             labelled = labelled or self._flow.is_labelled(tensor)
         handler = handler_for(call.op)
+        space = self._flow.space
+        made, decided = len(space.allocations), len(space.decisions)
         if handler in _MAKE_LABELS or (labelled and call.op.namespace != "prim"):
             self._carry(call, handler)
-        outputs = tuple((tuple(out.shape), self._flow.everything(out)) for out in tensors_in(call.out))
+        outputs = tuple([(tuple(out.shape), self._flow.of(out)) for out in flat_tensors((call.out,))])
         if outputs:
-            self.steps.append(Step(call.name, outputs))
+            inputs = tuple([tuple(tensor.shape) for tensor in call.tensors])
+            step = Step(call.name, inputs, outputs, tuple(space.allocations[made:]), tuple(space.decisions[decided:]))
+            self.steps.append(step)
+            self._watcher.after(step)
 
     def _carry(self, call: Call, handler: Handler | None) -> None:
         reason = f"enters {call.name}, which has no handler"
@@ -223,7 +277,8 @@ class Tracer(TorchDispatchMode):
             except Exception as error:
                 log.debug("handler of %s failed", call.name, exc_info=error)
                 reason = f"enters {call.name} in a form that its handler does not know ({error})"
-        self._flow.unknown.add(call.name)
+        if any(part is not None for tensor in call.tensors for part in self._flow.of(tensor)):
+            self._flow.unknown.add(call.name)
         for tensor in call.tensors:
             self._flow.freeze_tensor(tensor, reason)
         return None

@@ -14,6 +14,11 @@ Unit: TypeAlias = Literal["channels", "params", "macs"]
 
 UNITS: tuple[Unit, ...] = ("channels", "params", "macs")
 
+Heads: TypeAlias = Literal["whole", "inside", "keep"]
+"""How attention heads are cut: one with all that it holds, the same part of the width of all, or not at all."""
+
+HEADS: tuple[Heads, ...] = ("whole", "inside", "keep")
+
 Kept: TypeAlias = Mapping[str, Mapping[int, Tensor]]
 """Tensor name -> dimension -> positions that stay, ascending: what a cut does to the tensors."""
 

@@ -174,14 +174,14 @@ RESHAPE: dict[str, Case] = {
     "attention heads": (
         lambda: Net(_attention, q=nn.Linear(3, 8), k=nn.Linear(3, 8), v=nn.Linear(3, 12), head=nn.Linear(12, 5)),
         TOKENS,
-        {"q": 4, "v": 6, "head": OUT},
+        {"q": 2, "head": OUT},
     ),
 }
 
 
 def _attention(net: Net, x: Tensor) -> Tensor:
-    """Two heads: the i-th channels of both are tied, in queries and keys, and in values."""
-    q, k, v = (layer(x).unflatten(2, (2, -1)).transpose(1, 2) for layer in (net.q, net.k, net.v))
+    """Two heads, each with its queries, keys and values."""
+    q, k, v = (layer(x).unflatten(2, (-1, d)).transpose(1, 2) for layer, d in ((net.q, 4), (net.k, 4), (net.v, 6)))
     return net.head((torch.softmax(q @ k.transpose(2, 3), -1) @ v).transpose(1, 2).flatten(2))
 
 

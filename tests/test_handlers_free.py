@@ -50,7 +50,7 @@ POINTWISE: dict[str, Case] = {
         IMAGE,
         FREE,
     ),
-    "broadcast of one channel": (on(lambda n, y: y * torch.sigmoid(n.b(y)), b=c(8, 1)), IMAGE, FREE),
+    "broadcast of one channel": (on(lambda n, y: y * torch.sigmoid(n.b(y)), b=c(8, 1)), IMAGE, {"a": 8, "b": 1, "head": OUT}),
     "other dtype": (on(lambda n, y: (y > 0).to(y.dtype) * y.double().to(y)), IMAGE, FREE),
     "detach": (on(lambda n, y: y.detach() + y), IMAGE, FREE),
     "layer scale": (on(lambda n, y: n.gamma.value * y, gamma=held(8, 1, 1)), IMAGE, FREE),

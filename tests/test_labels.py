@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_prune.labels import Flow, LabelArray, LabelSpace
+from lightning_prune.flow import Flow
+from lightning_prune.labels import LabelArray, LabelSpace
 
 
 def labels(*values: int) -> LabelArray:
@@ -130,15 +131,15 @@ class TestReasons:
 
 
 class TestFlow:
-    def test_a_dimension_of_size_one_carries_nothing(self) -> None:
+    def test_a_dimension_of_size_one_carries_labels_too(self) -> None:
         flow, tensor = Flow(LabelSpace(4)), torch.zeros(2, 1)
         assert Flow.of(tensor) == (None, None)
         assert not Flow.is_labelled(tensor)
         flow.put(tensor, [labels(0, 1), labels(2)])
-        kept, dropped = Flow.of(tensor)
-        assert kept is not None
-        assert kept.tolist() == [0, 1]
-        assert dropped is None
+        first, second = Flow.of(tensor)
+        assert first is not None
+        assert second is not None
+        assert (first.tolist(), second.tolist()) == ([0, 1], [2])
         assert Flow.is_labelled(tensor)
 
     def test_a_dimension_that_meets_none_freezes(self) -> None:

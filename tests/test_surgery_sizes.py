@@ -32,7 +32,7 @@ REFUSED: dict[str, tuple[Callable[[Net, Tensor], Tensor], str]] = {
     "expand": (lambda n, y: y[..., None].expand(3, 16, 2).mean(-1), "aten.expand.default"),
     "split": (lambda n, y: torch.cat(y.split([4, 12], 1), 1), "aten.split_with_sizes.default"),
     "unpacking": (lambda n, y: torch.cat(_four(*y.split(4, 1)), 1), "aten.split"),
-    "zeros": (lambda n, y: y + y.new_zeros(3, 16), "aten.add.Tensor"),
+    "zeros": (lambda n, y: y + y.new_zeros(3, 16), "aten.new_zeros.default"),
     "normalized shape": (lambda n, y: F.layer_norm(y, (16,)), "aten.native_layer_norm.default"),
 }
 

@@ -19,9 +19,6 @@ from lightning_prune.sizes import stale_sizes
 CROSS_CHANNEL_NORM = {"convnext_tiny"}
 ONLY_IN_TRAIN_MODE = {"googlenet", "inception_v3"}
 
-SINGLE_CHANNELS = {"shufflenet_v2_x1_0": 2}
-"""Halving 58 channels, of which the shuffles before have tied each to its neighbours, leaves a single one."""
-
 
 @pytest.mark.parametrize("name", ZOO)
 def test_permuting_the_channels_leaves_the_output_unchanged(name: str) -> None:
@@ -59,9 +56,7 @@ def test_the_cut_network_trains(name: str) -> None:
     params = count_params(model)
     record = prune(model, x, pruning_ratio=0.5)
     assert record.reached == pytest.approx(0.5, abs=0.02)
-    single = {group for group, change in record.channels.items() if change.dense == 1}
-    assert set(record.held_back) == class_outputs(name, model) | single
-    assert len(single) == SINGLE_CHANNELS.get(name, 0)
+    assert set(record.held_back) == class_outputs(name, model)
     assert count_params(model) == record.params.after < 0.4 * params
     assert 0 < record.macs.after < 0.5 * record.macs.dense
     assert {module: type(part) for module, part in model.named_modules()} == kinds

@@ -26,7 +26,7 @@ from lightning_prune.pruner import Draft, Request, draft_cut
 from lightning_prune.report import history_table, record_table
 from lightning_prune.schedules import Schedule, events, one_shot
 from lightning_prune.surgery import apply
-from lightning_prune.types import PruneRecord, Unit
+from lightning_prune.types import Heads, PruneRecord, Unit
 
 
 class PruneCallback(pl.Callback):
@@ -45,6 +45,7 @@ class PruneCallback(pl.Callback):
         end: Epoch of progress 1; two thirds of `max_epochs` if None.
         every: Epochs between prune events.
         ignore: Patterns of module names that are not to be touched.
+        heads: How attention heads are cut: "whole", "inside" or "keep" (see `find_groups`).
         min_channels: Channels that each group keeps at least.
         round_to: Widths are rounded to the nearest multiple of it.
 
@@ -64,11 +65,14 @@ class PruneCallback(pl.Callback):
         end: int | None = None,
         every: int = 1,
         ignore: Sequence[str] = (),
+        heads: Heads = "whole",
         min_channels: int = 1,
         round_to: int | None = None,
     ) -> None:
         limits = Limits(min_channels, round_to)
-        self.request = Request(pruning_ratio, of, criterion or Magnitude(), allocation or Uniform(), ignore, limits)
+        self.request = Request(
+            pruning_ratio, of, criterion or Magnitude(), allocation or Uniform(), ignore, heads, limits
+        )
         self.schedule, self.begin, self.end, self.every = schedule, begin, end, every
         events(schedule, begin or 0, max(begin or 0, 0) if end is None else end, every)
         self.events: dict[int, float] = {}

@@ -9,7 +9,7 @@ from lightning_prune.allocation import Allocation
 from lightning_prune.callbacks.base import PruneCallback
 from lightning_prune.criteria import Magnitude
 from lightning_prune.schedules import Schedule, cubic
-from lightning_prune.types import Unit
+from lightning_prune.types import Heads, Unit
 
 
 class MagnitudePruneCallback(PruneCallback):
@@ -38,6 +38,7 @@ class MagnitudePruneCallback(PruneCallback):
         end: int | None = None,
         every: int = 1,
         ignore: Sequence[str] = (),
+        heads: Heads = "whole",
         min_channels: int = 1,
         round_to: int | None = None,
     ) -> None:
@@ -51,6 +52,7 @@ class MagnitudePruneCallback(PruneCallback):
             end=end,
             every=every,
             ignore=ignore,
+            heads=heads,
             min_channels=min_channels,
             round_to=round_to,
         )

@@ -20,7 +20,7 @@ from lightning_prune.criteria import BNScale
 from lightning_prune.graph import ignored_tensors
 from lightning_prune.penalties import L1, Update
 from lightning_prune.schedules import Schedule, one_shot
-from lightning_prune.types import Unit
+from lightning_prune.types import Heads, Unit
 
 
 class BNSlimmingCallback(PruneCallback):
@@ -56,6 +56,7 @@ class BNSlimmingCallback(PruneCallback):
         end: int | None = None,
         every: int = 1,
         ignore: Sequence[str] = (),
+        heads: Heads = "whole",
         min_channels: int = 1,
         round_to: int | None = None,
     ) -> None:
@@ -69,6 +70,7 @@ class BNSlimmingCallback(PruneCallback):
             end=end,
             every=every,
             ignore=ignore,
+            heads=heads,
             min_channels=min_channels,
             round_to=round_to,
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import ScoreError
-from lightning_prune.tensors import tensor_at
+from lightning_prune.tensors import named_tensors
 from lightning_prune.types import ChannelGroup, Member
 
 
@@ -48,16 +48,22 @@ def score_groups(criterion: Criterion, model: nn.Module, groups: Iterable[Channe
         ScoreError: A score, or a weight, is NaN or infinite; the layer is named.
     """
     free = [group for group in groups if not group.frozen]
+    tensors = named_tensors(model)
     scores = {}
     with torch.no_grad():
         for name in dict.fromkeys(member.tensor for group in free for member in group.members):
-            if not tensor_at(model, name).isfinite().all():
+            if not _is_finite(tensors[name]):
                 raise ScoreError(_nothing_cut(f"{name} holds NaN or infinite values"))
         for group in free:
             raw = criterion.score(model, group)
             if raw is not None:
                 scores[group.name] = _checked(raw, group, criterion)
     return scores
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Look at the sum first, which is quick and not finite where an element is not; a sum may also overflow."""
+    return not tensor.is_floating_point() or bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def _checked(raw: Tensor, group: ChannelGroup, criterion: Criterion) -> Tensor:

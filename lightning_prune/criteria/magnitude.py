@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Literal
 
 import torch
@@ -49,11 +50,11 @@ class Magnitude(Criterion):
         weight = tensor.detach()
         if not weight.is_floating_point() or weight.dtype.itemsize < 4:
             weight = weight.float()
-        if member.dim == 0 and weight.dim() > 1:
-            along = torch.linalg.vector_norm(weight.flatten(1), ord=self.p, dim=1).pow(self.p)
-        elif member.dim == 1 and weight.dim() > 2:
-            along = torch.linalg.vector_norm(weight.flatten(2), ord=self.p, dim=2).pow(self.p).sum(0)
+        size, outer = weight.shape[member.dim], prod(weight.shape[: member.dim])
+        if outer == 1:
+            along = torch.linalg.vector_norm(weight.reshape(size, -1), ord=self.p, dim=1).pow(self.p)
         else:
-            others = [dim for dim in range(weight.dim()) if dim != member.dim]
-            along = weight.abs().pow(self.p).sum(others) if others else weight.abs().pow(self.p)
+            flat = weight.reshape(outer, -1)
+            powers = flat.square() if self.p == 2 else flat.abs()
+            along = powers.sum(0).view(size, -1).sum(1)
         return gather(along, member)

@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_prune.flow import Flow
 from lightning_prune.handlers.pointwise import align
 from lightning_prune.handlers.registry import Call, handles
-from lightning_prune.labels import Flow, LabelArray
+from lightning_prune.labels import LabelArray
 
 aten = torch.ops.aten
 
@@ -23,7 +24,11 @@ def convolution(flow: Flow, call: Call) -> None:
     for extent in kernel:
         flow.freeze(extent, "is the extent of a kernel")
     *batch, source = flow.of(call["input"])[: -len(kernel)]
+    for extent in flow.of(call["input"])[-len(kernel) :]:
+        flow.freeze(extent, f"is slid over by a kernel in {call.name}")
     groups, where = call["groups"], call.name
+    if groups > 1 and flow.dense_shape(call["weight"])[1] == 1:
+        inner = None
     if groups == 1:
         flow.tie(source, outer if call["transposed"] else inner, where)
         made = inner if call["transposed"] else outer
@@ -81,6 +86,8 @@ def matmul(flow: Flow, call: Call) -> None:
     lefts, rights = list(flow.of(left)), list(flow.of(right))
     flow.tie(lefts.pop(), rights.pop(max(len(rights) - 2, 0)), call.name)
     batch = [align(flow, pair, call.name) for pair in zip(lefts[:-1], rights[:-1], strict=False)]
+    for labels in batch:
+        flow.attend(labels)
     result = batch + lefts[-1:] + rights[-1:] if right.dim() > 1 else batch + lefts[-1:]
     result = result[len(result) - call.out.dim() :]
     for labels in result[len(batch) :]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from lightning_prune.flow import Flow
 from lightning_prune.handlers.registry import Call, handles, packets
-from lightning_prune.labels import Flow
 
 
 @handles(*packets("zeros ones full empty rand randn randint new_zeros new_ones new_full new_empty empty_strided"))

@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_prune.flow import Flow
 from lightning_prune.handlers.pointwise import align
 from lightning_prune.handlers.registry import Call, handles, packets
 from lightning_prune.handlers.reshape import reshape
-from lightning_prune.labels import Flow, LabelArray
+from lightning_prune.labels import LabelArray
 
 aten = torch.ops.aten
 
@@ -20,7 +21,7 @@ def view(flow: Flow, call: Call) -> None:
     """A view merges and splits dimensions; sizes of 1 come and go without a trace."""
     source: Tensor = call["self"]
     if flow.is_labelled(source):
-        flow.put(call.out, reshape(flow, flow.of(source), source.shape, call.out.shape, call.name))
+        flow.put(call.out, reshape(flow, source, call.out, call.name))
 
 
 @handles(aten.permute, aten.permute_copy)
@@ -46,8 +47,9 @@ def expand(flow: Flow, call: Call) -> None:
     source: Tensor = call["self"]
     new = call.out.dim() - source.dim()
     labels: list[LabelArray | None] = [*[None] * new, *flow.of(source)]
+    old, wide = flow.dense_shape(source), flow.dense_shape(call.out)
     for dim, size in enumerate(call.out.shape):
-        if size > 1 and (dim < new or source.shape[dim - new] == 1):
+        if wide[dim] > 1 and (dim < new or old[dim - new] == 1):
             labels[dim] = flow.space.fresh(size)
     flow.put(call.out, labels)
 
@@ -58,8 +60,9 @@ def repeat(flow: Flow, call: Call) -> None:
     source: Tensor = call["self"]
     new = call.out.dim() - source.dim()
     labels: list[LabelArray | None] = []
+    shape = flow.dense_shape(source)
     for dim, times in enumerate(call["repeats"]):
-        if dim < new or source.shape[dim - new] == 1:
+        if dim < new or shape[dim - new] == 1:
             labels.append(flow.space.fresh(times))
         else:
             old = flow.of(source)[dim - new]
@@ -76,9 +79,9 @@ def cat(flow: Flow, call: Call) -> None:
     along = call["dim"] % call.out.dim()
     labels = [
         None if dim == along or size == 1 else align(flow, [flow.of(tensor)[dim] for tensor in parts], call.name)
-        for dim, size in enumerate(call.out.shape)
+        for dim, size in enumerate(flow.dense_shape(call.out))
     ]
-    if any(flow.of(tensor)[along] is not None or tensor.shape[along] == 1 for tensor in parts):
+    if any(flow.of(tensor)[along] is not None for tensor in parts):
         labels[along] = np.concatenate([_strung(flow, tensor, along, call.name) for tensor in parts])
     flow.put(call.out, labels)
 
@@ -94,7 +97,10 @@ def _strung(flow: Flow, tensor: Tensor, dim: int, where: str) -> LabelArray:
 def stack(flow: Flow, call: Call) -> None:
     """Stacked tensors are tied to each other; the new dimension holds no channels."""
     parts = call["tensors"]
-    labels = [align(flow, [flow.of(tensor)[dim] for tensor in parts], call.name) for dim in range(parts[0].dim())]
+    labels = [
+        None if size == 1 else align(flow, [flow.of(tensor)[dim] for tensor in parts], call.name)
+        for dim, size in enumerate(flow.dense_shape(parts[0]))
+    ]
     labels.insert(call["dim"] % call.out.dim(), None)
     flow.put(call.out, labels)
 

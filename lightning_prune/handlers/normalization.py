@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_prune.flow import Flow
 from lightning_prune.handlers.registry import Call, handles, packets
 from lightning_prune.inputs import tensors_in
-from lightning_prune.labels import Flow, LabelArray
+from lightning_prune.labels import LabelArray
 
 aten = torch.ops.aten
 

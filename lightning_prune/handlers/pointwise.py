@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from lightning_prune.flow import Flow
 from lightning_prune.handlers.registry import Call, handles, handles_pointwise, packets
 from lightning_prune.inputs import tensors_in
-from lightning_prune.labels import Flow, LabelArray
+from lightning_prune.labels import LabelArray
 
 
 def align(flow: Flow, dimensions: Iterable[LabelArray | None], where: str) -> LabelArray | None:
@@ -23,9 +24,12 @@ def align(flow: Flow, dimensions: Iterable[LabelArray | None], where: str) -> La
 def broadcast(flow: Flow, tensors: Sequence[Tensor], shape: Sequence[int], where: str) -> list[LabelArray | None]:
     """Tie what broadcasting to `shape` aligns, and return the labels of the result."""
     result: list[LabelArray | None] = []
+    sizes = [flow.dense_shape(tensor) for tensor in tensors]
     for from_right in range(len(shape), 0, -1):
-        wide = [tensor for tensor in tensors if tensor.dim() >= from_right and tensor.shape[-from_right] > 1]
-        result.append(align(flow, [flow.of(tensor)[-from_right] for tensor in wide], where))
+        there = [place for place, size in enumerate(sizes) if len(size) >= from_right]
+        wide = [flow.of(tensors[place])[-from_right] for place in there if sizes[place][-from_right] > 1]
+        single = (flow.of(tensors[place])[-from_right] for place in there)
+        result.append(align(flow, wide, where) if wide else next((part for part in single if part is not None), None))
     return result
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
+from lightning_prune.flow import Flow
 from lightning_prune.handlers.registry import Call, handles, packets
 from lightning_prune.inputs import tensors_in
-from lightning_prune.labels import Flow
 
 _POOLS = packets(
     "avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices "

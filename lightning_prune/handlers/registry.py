@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 
-from lightning_prune.inputs import tensors_in
-from lightning_prune.labels import Flow
+from lightning_prune.flow import Flow
+from lightning_prune.inputs import flat_tensors
 
 
 @cache
@@ -55,10 +55,10 @@ class Call:
         """The operation's name, as in `aten.add.Tensor`."""
         return str(self.op)
 
-    @property
+    @cached_property
     def tensors(self) -> list[Tensor]:
         """All tensors that go in, those in lists included."""
-        return list(tensors_in((self.args, self.kwargs)))
+        return flat_tensors((*self.args, *self.kwargs.values()))
 
 
 Handler: TypeAlias = Callable[[Flow, Call], None]

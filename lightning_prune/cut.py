@@ -1,0 +1,91 @@
+"""What a plan does to the tensors and the attributes of a model, worked out without touching it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.graph import Graph
+from lightning_prune.sizes import Size, stale_sizes
+from lightning_prune.tensors import named_tensors, swapped
+from lightning_prune.types import Attributes, ChannelGroup, Kept, PruningPlan
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a plan does to the tensors and attributes of a model.
+
+    Attributes:
+        shapes: The shapes before the cut of every tensor that changes.
+        kept: What stays of these tensors.
+        attributes: The module attributes that hold sizes, with their new values.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    kept: Kept = field(default_factory=dict)
+    attributes: Attributes = field(default_factory=dict)
+
+
+def prepare(model: nn.Module, graph: Graph, plan: PruningPlan) -> Cut:
+    """Work out what a plan does to tensors and attributes, without touching the model."""
+    kept = _kept(model, graph.groups, plan)
+    before = stale_sizes(model)
+    standins = {name: torch.empty_like(tensor, device="meta") for name, tensor in named_tensors(model).items()}
+    with torch.no_grad(), swapped(model, {**standins, **cut_shapes(model, kept)}):
+        after = stale_sizes(model)
+    attributes = {name: _without(values, before.get(name, ())) for name, values in after.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items() if name in kept}
+    return Cut(shapes, kept, attributes)
+
+
+def _without(values: Mapping[str, Size], known: Iterable[str]) -> dict[str, Size]:
+    """Leave out attributes that said something of their own before the cut."""
+    return {attribute: value for attribute, value in values.items() if attribute not in set(known)}
+
+
+def _kept(model: nn.Module, groups: Iterable[ChannelGroup], plan: PruningPlan) -> Kept:
+    tensors = named_tensors(model)
+    stays: dict[tuple[str, int], Tensor] = {}
+    for group in groups:
+        if group.name in plan.removed:
+            for member in group.members:
+                place = (member.tensor, member.dim)
+                size = tensors[member.tensor].shape[member.dim]
+                mask = stays.setdefault(place, torch.ones(size, dtype=torch.bool))
+                mask[member.positions[plan.removed[group.name]].reshape(-1)] = False
+    kept: dict[str, dict[int, Tensor]] = {}
+    for (name, dim), mask in stays.items():
+        kept.setdefault(name, {})[dim] = mask.nonzero().squeeze(1)
+    return kept
+
+
+def cut_tensor(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    """Return a new, smaller tensor in the memory format of the old one."""
+    smaller = tensor.detach()
+    for dim, positions in kept.items():
+        smaller = smaller.index_select(dim, positions.to(tensor.device))
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    if last is None or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=last):
+        return smaller
+    return smaller.contiguous(memory_format=last)
+
+
+def cut_shapes(model: nn.Module, kept: Kept) -> dict[str, Tensor]:
+    """Return tensors without memory in the shapes after a cut, for those that change."""
+    tensors = named_tensors(model)
+    shapes = {name: list(tensors[name].shape) for name in kept}
+    for name, dims in kept.items():
+        for dim, positions in dims.items():
+            shapes[name][dim] = len(positions)
+    return {name: torch.empty(shape, dtype=tensors[name].dtype, device="meta") for name, shape in shapes.items()}
+
+
+def standins(model: nn.Module, cut: Cut, *, real: bool) -> dict[str, Tensor]:
+    """Return tensors in the shapes after a cut, with the values that stay or without memory."""
+    if not real:
+        return cut_shapes(model, cut.kept)
+    tensors = named_tensors(model)
+    return {name: cut_tensor(tensors[name], dims) for name, dims in cut.kept.items()}

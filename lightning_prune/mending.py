@@ -1,0 +1,112 @@
+"""Sizes that models keep in attributes: where a cut makes one stale, and what it should be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lightning_prune.labels import LabelArray
+from lightning_prune.types import Attributes
+
+Sizes = tuple[tuple[int, ...], tuple[int, ...]]
+"""The sizes of one dimension in all outputs of an operation: before the cut, and after it."""
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """Where the trial of a cut went wrong.
+
+    Attributes:
+        moment: The run and its step: the later, the better the cut.
+        involved: The labels that are concerned.
+        reason: What happened, in words.
+        modules: Name -> module, for those whose forward was running, the innermost first.
+        sizes: The sizes that change at this step and the one before.
+    """
+
+    moment: tuple[int, int]
+    involved: list[LabelArray | None]
+    reason: str
+    modules: dict[str, nn.Module]
+    sizes: list[Sizes]
+
+
+def modules_of(model: nn.Module, error: BaseException) -> dict[str, nn.Module]:
+    """Return the modules that were at work when an error was raised, the innermost first."""
+    names = {id(module): name for name, module in model.named_modules()}
+    frames = []
+    traceback = error.__traceback__
+    while traceback is not None:
+        frames.append(traceback.tb_frame)
+        traceback = traceback.tb_next
+    found: dict[str, nn.Module] = {}
+    for frame in reversed(frames):
+        for value in list(frame.f_locals.values()):
+            if isinstance(value, nn.Module) and id(value) in names:
+                found.setdefault(names[id(value)], value)
+    return found
+
+
+def mendings(model: nn.Module, attributes: Attributes, misfit: Misfit) -> Iterator[Attributes]:
+    """Yield settings of the attributes that may bring the trial further, the likeliest first.
+
+    An attribute is a candidate if its module was at work and it holds a size that is no longer so. Modules of the
+    same class usually need the same change, so that it is tried on all of them first, then on the one alone.
+
+    Args:
+        model: The model.
+        attributes: What is set already.
+        misfit: Where the trial went wrong with it.
+    """
+    for name, module in misfit.modules.items():
+        for attribute, value in list(module.__dict__.items()):
+            for new in dict.fromkeys(_changed(value, misfit.sizes)):
+                if attributes.get(name, {}).get(attribute, value) == new or attribute.startswith("_"):
+                    continue
+                alike = {
+                    other: new
+                    for other, twin in model.named_modules()
+                    if type(twin) is type(module)
+                    and _equal(twin.__dict__.get(attribute), value)
+                    and attribute not in attributes.get(other, {})
+                }
+                if len(alike) > 1:
+                    yield _set(attributes, attribute, {**alike, name: new})
+                yield _set(attributes, attribute, {name: new})
+    for name in misfit.modules:
+        for attribute in attributes.get(name, {}):
+            yield _unset(attributes, name, attribute)
+
+
+def _equal(left: Any, right: Any) -> bool:
+    return type(left) is type(right) and bool(left == right)
+
+
+def _changed(value: Any, sizes: list[Sizes]) -> Iterator[int | tuple[int, ...]]:
+    """Yield what an attribute should hold, if it holds a size that has changed."""
+    if type(value) is int:
+        for old, new in sizes:
+            yield from (after for before, after in zip(old, new, strict=True) if before == value != after)
+    elif isinstance(value, (tuple, list)) and value and all(type(item) is int for item in value):
+        for old, new in sizes:
+            if tuple(value) == old:
+                yield new
+            yield from (
+                tuple(after if item == before else item for item in value)
+                for before, after in zip(old, new, strict=True)
+                if before in value
+            )
+
+
+def _set(attributes: Attributes, attribute: str, values: dict[str, int | tuple[int, ...]]) -> Attributes:
+    changed = {name: {**attributes.get(name, {}), attribute: value} for name, value in values.items()}
+    return {**attributes, **changed}
+
+
+def _unset(attributes: Attributes, name: str, attribute: str) -> Attributes:
+    left = {key: value for key, value in attributes[name].items() if key != attribute}
+    others = {other: values for other, values in attributes.items() if other != name}
+    return {**others, name: left} if left else others

@@ -1,0 +1,279 @@
+"""The trial of a cut: the cut model must run as the dense one does, with the removed positions left out."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from torch import nn
+
+from lightning_prune.cut import Cut, prepare, standins
+from lightning_prune.flow import Flow
+from lightning_prune.graph import Graph
+from lightning_prune.inputs import tensors_in
+from lightning_prune.labels import LabelArray, Labels, LabelSpace
+from lightning_prune.mending import Misfit, mendings, modules_of
+from lightning_prune.tensors import named_tensors
+from lightning_prune.trace import Run, Step, Watcher, run
+from lightning_prune.types import Kept, PruningPlan
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How a cut went when it was tried out.
+
+    Attributes:
+        cut: The cut, with all attributes that had to be set for it to work.
+        refused: Group name -> in words why its cut would not work.
+        macs: The multiply-accumulates of the cut model, for the whole batch; 0 if it does not work.
+    """
+
+    cut: Cut
+    refused: dict[str, str] = field(default_factory=dict)
+    macs: int = 0
+
+
+def verify(model: nn.Module, graph: Graph, plan: PruningPlan, cut: Cut) -> Trial:
+    """Run the cut model without changing the real one.
+
+    The cut run must be the dense run with the removed positions left out: the same operations, each with the same
+    positions in its outputs, in the same order. Where a size that an attribute holds no longer fits, another value
+    is tried. Where a failure concerns no group in particular, each is tried alone.
+    """
+    trial = _try_out(model, graph, plan, cut)
+    if not 1 < len(trial.refused) == len(plan.removed):
+        return trial
+    alone: dict[str, str] = {}
+    for name, indices in plan.removed.items():
+        part = PruningPlan({name: indices})
+        alone |= _try_out(model, graph, part, prepare(model, graph, part)).refused
+    return replace(trial, refused=alone or trial.refused)
+
+
+def _try_out(model: nn.Module, graph: Graph, plan: PruningPlan, cut: Cut) -> Trial:
+    """Run the cut model, mending attributes as long as that brings the run further."""
+    fate = _Fate(graph, plan)
+    labels = _labels_left(graph, cut.kept)
+    outcome = _rehearse(model, graph, fate, cut, labels)
+    while isinstance(outcome, Misfit):
+        for attributes in mendings(model, cut.attributes, outcome):
+            mended = replace(cut, attributes=attributes)
+            next_outcome = _rehearse(model, graph, fate, mended, labels)
+            if not isinstance(next_outcome, Misfit) or next_outcome.moment > outcome.moment:
+                cut, outcome = mended, next_outcome
+                break
+        else:
+            return Trial(cut, fate.refuse(outcome.involved, outcome.reason))
+    return Trial(cut, macs=outcome)
+
+
+def _rehearse(model: nn.Module, graph: Graph, fate: _Fate, cut: Cut, labels: dict[str, Labels]) -> Misfit | int:
+    """Run the cut model in all settings; return its multiply-accumulates in the first, or where it went wrong."""
+    macs: list[int] = []
+    for place, (setting, dense) in enumerate(graph.runs.items()):
+        comparison = _Comparison(fate, dense)
+        flow = comparison.flow
+        tensors = {**named_tensors(model), **standins(model, cut, real=setting.substrate != "meta")}
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message="input's size at dim=.* does not match num_features")
+                after = run(model, graph.inputs, setting, flow, tensors, labels, cut.attributes, comparison)
+            comparison.close(after)
+        except _MovedError as moved:
+            involved = [part for _, parts in moved.step.outputs for part in parts]
+            reason = f"the cut would move its channels in {moved.step.name}"
+            return comparison.misfit(place, involved, reason, modules_of(model, moved))
+        except Exception as error:
+            log.debug("the cut model fails", exc_info=error)
+            operation, arguments = flow.current
+            involved = [part for tensor in tensors_in(arguments) for part in flow.of(tensor)]
+            reason = f"the cut model fails in {operation or 'its forward'}: {error}"
+            return comparison.misfit(place, involved, reason, modules_of(model, error))
+        macs.append(after.macs)
+    return macs[0]
+
+
+class _MovedError(Exception):
+    """A position is not where it should be after this step."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__(step.name)
+        self.step = step
+
+
+_SAME_PLACE = {"aten.clone.default", "aten.alias.default", "aten.detach.default", "aten.contiguous.default"}
+_VIEWS = {"aten._unsafe_view.default", "aten._reshape_alias.default", "aten.reshape.default", "aten.view.default"}
+
+
+def _telling(steps: Iterable[Step]) -> list[Step]:
+    """Leave out copies, which depend on strides."""
+    return [step for step in steps if step.name not in _SAME_PLACE]
+
+
+def _one_name(name: str) -> str:
+    """Call all views the same."""
+    return "aten.view.default" if name in _VIEWS else name
+
+
+class _Comparison(Watcher):
+    """Compares each step of the cut run with that of the dense run.
+
+    Args:
+        fate: Who goes.
+        dense: The dense run.
+    """
+
+    def __init__(self, fate: _Fate, dense: Run) -> None:
+        self._fate, self._dense = fate, dense
+        self._steps = _telling(dense.steps)
+        self._next = 0
+        self._space = _Retold(fate)
+        self.flow = Flow(self._space)
+
+    def before(self, name: str) -> Step | None:
+        """Tell the label space what the dense run made here."""
+        step = None if name in _SAME_PLACE else self._step()
+        self._space.expect(step)
+        return step
+
+    def after(self, step: Step) -> None:
+        """Compare."""
+        if step.name in _SAME_PLACE:
+            return
+        dense = self._step()
+        if dense is None or not self._fate.agrees(dense, step):
+            raise _MovedError(dense or step)
+        self._next += 1
+
+    def close(self, after: Run) -> None:
+        """See that nothing is missing."""
+        missing = self._step()
+        if missing is not None:
+            raise _MovedError(missing)
+        if after.outputs != self._dense.outputs:
+            raise ValueError(f"it returns shapes {after.outputs} in place of {self._dense.outputs}")
+
+    def misfit(
+        self, setting: int, involved: list[LabelArray | None], reason: str, modules: dict[str, nn.Module]
+    ) -> Misfit:
+        """Tell where the run went wrong, and which sizes are new there."""
+        near = self._steps[max(self._next - 1, 0) : self._next + 1]
+        sizes = [pair for step in reversed(near) for pair in self._fate.sizes(step)]
+        return Misfit((setting, self._next), involved, reason, modules, sizes)
+
+    def _step(self) -> Step | None:
+        return self._steps[self._next] if self._next < len(self._steps) else None
+
+
+def _labels_left(graph: Graph, kept: Kept) -> dict[str, Labels]:
+    """Return the labels of the positions that stay."""
+    return {
+        name: tuple(
+            None if part is None else part[kept[name][dim].numpy()] if dim in kept.get(name, {}) else part
+            for dim, part in enumerate(labels)
+        )
+        for name, labels in graph.labels.items()
+    }
+
+
+class _Fate:
+    """Who goes and who stays, told by label.
+
+    Args:
+        graph: A reading of the model.
+        plan: What goes.
+    """
+
+    def __init__(self, graph: Graph, plan: PruningPlan) -> None:
+        self.count = len(graph.roots)
+        self._names = list(plan.removed)
+        self._owner = np.full(self.count, -1)
+        goes = np.zeros(self.count, dtype=bool)
+        groups = {group.name: group for group in graph.groups}
+        for number, (name, indices) in enumerate(plan.removed.items()):
+            first = groups[name].members[0]
+            place = graph.labels[first.tensor][first.dim]
+            assert place is not None
+            roots = graph.roots[place[first.positions[:, 0].numpy()]]
+            goes[roots[indices.numpy()]] = True
+            self._owner[roots] = number
+        self._owner = self._owner[graph.roots]
+        self._stays = ~goes[graph.roots]
+
+    def left(self, labels: LabelArray) -> LabelArray:
+        """Leave out the labels that go."""
+        return labels[self._stays[labels]]
+
+    def agrees(self, old: Step, new: Step) -> bool:
+        """Tell whether a step after the cut is the old one with the removed positions left out."""
+        return (
+            _one_name(old.name) == _one_name(new.name)
+            and len(old.outputs) == len(new.outputs)
+            and all(
+                len(shape) == len(shape_now) and all(map(self._same, shape, labels, shape_now, labels_now))
+                for (shape, labels), (shape_now, labels_now) in zip(old.outputs, new.outputs, strict=True)
+            )
+        )
+
+    def _same(self, size: int, labels: LabelArray | None, size_now: int, labels_now: LabelArray | None) -> bool:
+        """Compare one dimension, position by position."""
+        if labels is None:
+            return size == size_now
+        expected = self.left(labels)
+        if labels_now is None or len(expected) != size_now:
+            return len(expected) == size_now == 1
+        return bool((expected == labels_now).all())
+
+    def sizes(self, step: Step) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Yield the sizes in a step that change: before and after, of one dimension in all outputs."""
+        for dim in range(max((len(labels) for _, labels in step.outputs), default=0)):
+            parts = [labels[dim] for _, labels in step.outputs if dim < len(labels)]
+            if all(part is not None for part in parts):
+                old = tuple(len(part) for part in parts if part is not None)
+                new = tuple(len(self.left(part)) for part in parts if part is not None)
+                if old != new:
+                    yield old, new
+
+    def refuse(self, involved: Iterable[LabelArray | None], reason: str) -> dict[str, str]:
+        """Return the planned groups that labels belong to, or all of the plan where those tell nothing."""
+        known = [labels[labels < self.count] for labels in involved if labels is not None]
+        owners = np.unique(self._owner[np.concatenate(known)]).tolist() if known else []
+        names = [self._names[owner] for owner in owners if owner >= 0]
+        return dict.fromkeys(names or self._names, reason)
+
+
+class _Retold(LabelSpace):
+    """Makes the labels that the dense run made at the same place, without those that go.
+
+    Args:
+        fate: Who goes.
+    """
+
+    def __init__(self, fate: _Fate) -> None:
+        super().__init__(fate.count)
+        self._fate = fate
+        self._told: list[tuple[int, int]] = []
+        self._decided: list[tuple[int, ...]] = []
+
+    def expect(self, step: Step | None) -> None:
+        """Hear which step of the dense run comes next."""
+        self._told = list(step.fresh) if step else []
+        self._decided = list(step.decisions) if step else []
+
+    def fresh(self, count: int) -> LabelArray:
+        """Make `count` labels: those of the dense run that stay, if they are as many."""
+        if self._told:
+            start, size = self._told.pop(0)
+            left = self._fate.left(np.arange(start, start + size))
+            if len(left) == count:
+                return left
+        return super().fresh(count)
+
+    def decide(self, compute: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
+        """Decide as the dense run did."""
+        return self._decided.pop(0) if self._decided else super().decide(compute)
