@@ -32,8 +32,9 @@ class Cut:
 def prepare(model: nn.Module, graph: Graph, plan: PruningPlan) -> Cut:
     """Work out what a plan does to tensors and attributes, without touching the model."""
     kept = _kept(model, graph.groups, plan)
-    before = stale_sizes(model)
     standins = {name: torch.empty_like(tensor, device="meta") for name, tensor in named_tensors(model).items()}
+    with torch.no_grad(), swapped(model, standins):
+        before = stale_sizes(model)
     with torch.no_grad(), swapped(model, {**standins, **cut_shapes(model, kept)}):
         after = stale_sizes(model)
     attributes = {name: _without(values, before.get(name, ())) for name, values in after.items()}

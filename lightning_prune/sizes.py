@@ -64,6 +64,23 @@ def _rnn(layer: nn.RNNBase) -> Sizes:
     return {"input_size": from_input.shape[1], "hidden_size": hidden}
 
 
+def _cell(layer: nn.RNNCellBase) -> Sizes:
+    return {"input_size": layer.weight_ih.shape[1], "hidden_size": layer.weight_hh.shape[1]}
+
+
+def _bilinear(layer: nn.Bilinear) -> Sizes:
+    return dict(zip(("out_features", "in1_features", "in2_features"), layer.weight.shape, strict=True))
+
+
+def _attention(layer: nn.MultiheadAttention) -> Sizes:
+    """Return the widths of what comes in; how many heads there are and how wide they are, only the trial tells."""
+    separate = layer.in_proj_weight is None
+    query, key, value = (
+        (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight) if separate else [layer.in_proj_weight] * 3
+    )
+    return {"embed_dim": query.shape[1], "kdim": key.shape[1], "vdim": value.shape[1]}
+
+
 def _prelu(layer: nn.PReLU) -> Sizes:
     return {"num_parameters": layer.weight.shape[0]}
 
@@ -77,6 +94,9 @@ _TABLE: tuple[tuple[type | tuple[type, ...], Callable[..., Sizes]], ...] = (
     ((nn.Embedding, nn.EmbeddingBag), _embedding),
     (nn.PReLU, _prelu),
     (nn.RNNBase, _rnn),
+    (nn.RNNCellBase, _cell),
+    (nn.Bilinear, _bilinear),
+    (nn.MultiheadAttention, _attention),
 )
 
 

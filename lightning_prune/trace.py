@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
@@ -131,6 +132,7 @@ def run(
             flow.put(standins[name], labelled)
         stack.enter_context(swapped(model, standins, training=setting.training, attributes=attributes))
         stack.enter_context(_random_state_kept(setting.substrate))
+        stack.enter_context(_in_small_steps())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         given = (inputs.map(_at_least_two) if setting.training else inputs).map(make)
@@ -171,6 +173,20 @@ def _random_state_kept(substrate: Substrate) -> Iterator[None]:
     finally:
         random.setstate(of_python)
         np.random.set_state(of_numpy)
+
+
+@contextmanager
+def _in_small_steps() -> Iterator[None]:
+    """Switch off what does the work of several operations in one: fused attention, transformer and recurrent layers."""
+    transformers, recurrent = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch._C._set_mkldnn_enabled(False)  # `torch.backends.mkldnn.flags` warns of settings that it touches besides
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(transformers)
+        torch._C._set_mkldnn_enabled(recurrent)
 
 
 def _at_least_two(tensor: Tensor) -> Tensor:

@@ -230,7 +230,7 @@ class _Fate:
         return bool((expected == labels_now).all())
 
     def sizes(self, step: Step) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Yield the sizes in a step that change: before and after, of one dimension in all outputs."""
+        """Yield the sizes in a step that change: before and after, of one dimension in all outputs, or of a factor."""
         for dim in range(max((len(labels) for _, labels in step.outputs), default=0)):
             parts = [labels[dim] for _, labels in step.outputs if dim < len(labels)]
             if all(part is not None for part in parts):
@@ -238,6 +238,10 @@ class _Fate:
                 new = tuple(len(self.left(part)) for part in parts if part is not None)
                 if old != new:
                     yield old, new
+        for start, count in step.fresh:
+            left = len(self.left(np.arange(start, start + count)))
+            if left != count:
+                yield (count,), (left,)
 
     def refuse(self, involved: Iterable[LabelArray | None], reason: str) -> dict[str, str]:
         """Return the planned groups that labels belong to, or all of the plan where those tell nothing."""

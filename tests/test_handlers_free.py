@@ -50,7 +50,11 @@ POINTWISE: dict[str, Case] = {
         IMAGE,
         FREE,
     ),
-    "broadcast of one channel": (on(lambda n, y: y * torch.sigmoid(n.b(y)), b=c(8, 1)), IMAGE, {"a": 8, "b": 1, "head": OUT}),
+    "broadcast of one channel": (
+        on(lambda n, y: y * torch.sigmoid(n.b(y)), b=c(8, 1)),
+        IMAGE,
+        {"a": 8, "b": 1, "head": OUT},
+    ),
     "other dtype": (on(lambda n, y: (y > 0).to(y.dtype) * y.double().to(y)), IMAGE, FREE),
     "detach": (on(lambda n, y: y.detach() + y), IMAGE, FREE),
     "layer scale": (on(lambda n, y: n.gamma.value * y, gamma=held(8, 1, 1)), IMAGE, FREE),
@@ -201,11 +205,9 @@ def test_a_parametrisation_of_which_only_some_tensors_are_cut() -> None:
 
 
 UNKNOWN = {
-    "fft_c2c|fft_r2c": lambda n, y: torch.fft.fft(y, dim=1).real,
+    "renorm": lambda n, y: y.renorm(2, 1, 1.0),
     "linalg_svd": lambda n, y: y * torch.linalg.svdvals(y)[..., None],
-    "index.Tensor": lambda n, y: y[:, torch.arange(8)],
-    "gather": lambda n, y: y.gather(1, torch.zeros(2, 8, 6, 6, dtype=torch.long)),
-    "pixel_shuffle": lambda n, y: F.pixel_unshuffle(F.pixel_shuffle(y, 2), 2),
+    "linalg_qr": lambda n, y: torch.linalg.qr(y)[0],
 }
 
 

@@ -1,18 +1,32 @@
 """How each ATen operation carries labels from its inputs to its outputs."""
 
-from lightning_prune.handlers import contraction, factories, movement, normalization, pointwise, pooling, reduction
+from lightning_prune.handlers import (
+    attention,
+    contraction,
+    factories,
+    indexing,
+    movement,
+    normalization,
+    patches,
+    pointwise,
+    pooling,
+    reduction,
+)
 from lightning_prune.handlers.registry import Call, Handler, handler_for, handles, packets
 
 __all__ = [
     "Call",
     "Handler",
+    "attention",
     "contraction",
     "factories",
     "handler_for",
     "handles",
+    "indexing",
     "movement",
     "normalization",
     "packets",
+    "patches",
     "pointwise",
     "pooling",
     "reduction",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_prune.flow import Flow
 from lightning_prune.handlers.pointwise import align
-from lightning_prune.handlers.registry import Call, handles
+from lightning_prune.handlers.registry import Call, handles, packets
 from lightning_prune.labels import LabelArray
 
 aten = torch.ops.aten
@@ -94,6 +94,36 @@ def matmul(flow: Flow, call: Call) -> None:
         flow.make(labels)
     _tie_addend(flow, result, bias, call.out, call.name)
     flow.put(call.out, result)
+
+
+@handles(aten._trilinear)
+def trilinear(flow: Flow, call: Call) -> None:
+    """A product of three tensors, each widened by new dimensions, summed over some: nn.Bilinear."""
+    spread = []
+    for place in ("1", "2", "3"):
+        tensor, new = call[f"i{place}"], call[f"expand{place}"]
+        labels, sizes = list(flow.of(tensor)), list(flow.dense_shape(tensor))
+        for dim in sorted(new):
+            labels.insert(dim, None)
+            sizes.insert(dim, 1)
+        spread.append((labels, sizes))
+    result = []
+    for dim in range(len(spread[0][0])):
+        wide = [labels[dim] for labels, sizes in spread if sizes[dim] > 1]
+        result.append(align(flow, wide, call.name) if wide else None)
+    left = [part for dim, part in enumerate(result) if dim not in call["sumdim"]]
+    for part in left:
+        flow.make(part)
+    flow.put(call.out, left)
+
+
+@handles(*packets("_cdist_forward"))
+def distance(flow: Flow, call: Call) -> None:
+    """Distances are contractions: any order of what is summed over leaves them the same."""
+    (*batch, rows, inner), (*twin, columns, other) = flow.of(call["x1"]), flow.of(call["x2"])
+    flow.tie(inner, other, call.name)
+    outer = [align(flow, pair, call.name) for pair in zip(batch, twin, strict=True)]
+    flow.put(call.out, [*outer, rows, columns])
 
 
 def _tie_addend(flow: Flow, result: list[LabelArray | None], addends: list[Tensor], out: Tensor, where: str) -> None:

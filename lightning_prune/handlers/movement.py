@@ -220,15 +220,6 @@ def _padded(flow: Flow, labels: LabelArray, before: int, after: int, where: str)
     return np.concatenate([flow.fixed(max(before, 0), reason), labels, flow.fixed(max(after, 0), reason)])
 
 
-@handles(aten.index_select)
-def index_select(flow: Flow, call: Call) -> None:
-    """Channels that are picked by their numbers are frozen; other dimensions pass."""
-    labels = list(flow.of(call["self"]))
-    flow.freeze(labels[call["dim"]], f"is picked by number in {call.name}")
-    labels[call["dim"]] = None
-    flow.put(call.out, labels)
-
-
 @handles(aten.as_strided)
 def as_strided(flow: Flow, call: Call) -> None:
     """A change of memory format alone moves nothing; any other stride trick freezes."""
@@ -244,10 +235,36 @@ def as_strided(flow: Flow, call: Call) -> None:
     flow.put(call.out, flow.of(source))
 
 
-@handles(aten.embedding)
-def embedding(flow: Flow, call: Call) -> None:
-    """The rows of the table are picked by number; its columns are channels."""
-    rows, columns = flow.of(call["weight"])
-    flow.freeze(rows, f"is picked by number in {call.name}")
-    flow.make(columns)
-    flow.put(call.out, [None] * (call.out.dim() - 1) + [columns])
+@handles(*packets("tril triu"))
+def triangle(flow: Flow, call: Call) -> None:
+    """A triangle is told by the positions in the last two dimensions."""
+    labels = flow.of(call["self"])
+    for part in labels[-2:]:
+        flow.freeze(part, f"is masked by its position in {call.name}")
+    flow.put(call.out, labels)
+
+
+@handles(*packets("diagonal diagonal_copy"))
+def diagonal(flow: Flow, call: Call) -> None:
+    """The main diagonal ties its two dimensions to each other; any other one freezes them."""
+    labels = list(flow.of(call["self"]))
+    first, second = call["dim1"] % len(labels), call["dim2"] % len(labels)
+    rows, columns = labels[first], labels[second]
+    rest = [part for dim, part in enumerate(labels) if dim not in (first, second)]
+    if call["offset"] or len(call["self"].shape) < 2 or call["self"].shape[first] != call["self"].shape[second]:
+        for part in (rows, columns):
+            flow.freeze(part, f"is read along a diagonal in {call.name}")
+        flow.put(call.out, [*rest, None])
+    else:
+        flow.put(call.out, [*rest, align(flow, [rows, columns], call.name)])
+
+
+@handles(*packets("view_as_real view_as_complex"))
+def as_complex(flow: Flow, call: Call) -> None:
+    """The two parts of a complex number are a last dimension without channels."""
+    labels = list(flow.of(call["self"]))
+    if call.out.dim() > len(labels):
+        flow.put(call.out, [*labels, None])
+    else:
+        flow.freeze(labels[-1], f"is a part of a complex number in {call.name}")
+        flow.put(call.out, labels[:-1])

@@ -36,6 +36,8 @@ def broadcast(flow: Flow, tensors: Sequence[Tensor], shape: Sequence[int], where
 _UNTAGGED = packets(
     "hardswish _prelu_kernel rrelu_with_noise log_sigmoid_forward floor_divide native_dropout _fused_dropout complex "
     "polar copy masked_fill bernoulli fill zero random uniform normal log_normal exponential cauchy geometric "
+    "_conj resolve_conj _conj_physical _neg_view real imag view_as_real_copy bucketize fake_quantize_per_tensor_affine "
+    "fake_quantize_per_tensor_affine_cachemask _fake_quantize_per_tensor_affine_cachemask_tensor_qparams isin "
     "detach alias _to_copy lift lift_fresh contiguous clone where"
 )
 
@@ -49,6 +51,16 @@ def pointwise(flow: Flow, call: Call) -> None:
     if any(flow.is_labelled(tensor) for tensor in inputs):
         for out in tensors_in(call.out):
             flow.put(out, broadcast(flow, inputs, out.shape, call.name))
+
+
+@handles(*packets("fake_quantize_per_channel_affine_cachemask"))
+def quantize_channels(flow: Flow, call: Call) -> None:
+    """Scale and zero point belong to the channels of one dimension."""
+    labels = flow.of(call["self"])
+    for name in ("scale", "zero_point"):
+        flow.tie(labels[call["axis"]], flow.of(call[name])[0], call.name)
+    for out in call.out:
+        flow.put(out, labels)
 
 
 @handles(*packets("_softmax _log_softmax _safe_softmax"))

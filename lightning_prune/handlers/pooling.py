@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from lightning_prune.flow import Flow
-from lightning_prune.handlers.registry import Call, handles, packets
+from lightning_prune.handlers.registry import Call, handles, handles_named, packets
 from lightning_prune.inputs import tensors_in
 
 _POOLS = packets(
@@ -35,6 +35,26 @@ def pool(flow: Flow, call: Call) -> None:
         flow.freeze(mixed, f"is pooled or resampled in {call.name}")
     for out in tensors_in(call.out):
         flow.put(out, [*labels[:-spatial], *[None] * spatial])
+
+
+@handles(*packets("grid_sampler_2d grid_sampler_3d"))
+def grid_sample(flow: Flow, call: Call) -> None:
+    """Each channel is sampled at the places of the grid (N, *space, 2 or 3)."""
+    batch, channels, *space = flow.of(call["input"])
+    for extent in (*space, *flow.of(call["grid"])[1:]):
+        flow.freeze(extent, f"is sampled in {call.name}")
+    flow.tie(batch, flow.of(call["grid"])[0], call.name)
+    flow.put(call.out, [batch, channels, *[None] * len(space)])
+
+
+@handles_named("torchvision::roi_align", "torchvision::roi_pool")
+def regions(flow: Flow, call: Call) -> None:
+    """Boxes (K, 5) are cut out of all channels."""
+    batch, channels, *space = flow.of(call["input"])
+    for extent in (batch, *space, *flow.of(call["rois"])):
+        flow.freeze(extent, f"is cut into regions in {call.name}")
+    for out in tensors_in(call.out):
+        flow.put(out, [None, channels, None, None])
 
 
 @handles(*packets("fractional_max_pool2d fractional_max_pool3d"))

@@ -47,6 +47,16 @@ def extremum(flow: Flow, call: Call) -> None:
                 flow.taint(out, labels[dim], f"is addressed by number after {call.name}")
 
 
+@handles(*packets("_fft_r2c _fft_c2r _fft_c2c"))
+def transform(flow: Flow, call: Call) -> None:
+    """A Fourier transform mixes its dimensions by position; the others pass."""
+    labels = list(flow.of(call["self"]))
+    for dim in call["dim"]:
+        flow.freeze(labels[dim], f"is transformed in {call.name}")
+        labels[dim] = None
+    flow.put(call.out, labels)
+
+
 @handles(*packets("cumsum cumprod cummax cummin logcumsumexp sort argsort topk"))
 def ordered(flow: Flow, call: Call) -> None:
     """What runs along a dimension in order freezes it; the other dimensions pass."""

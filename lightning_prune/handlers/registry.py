@@ -64,6 +64,7 @@ class Call:
 Handler: TypeAlias = Callable[[Flow, Call], None]
 
 _handlers: dict[OpOverloadPacket, Handler] = {}
+_named: dict[str, Handler] = {}
 _pointwise: list[Handler] = []
 
 
@@ -72,6 +73,16 @@ def handles(*ops: OpOverloadPacket) -> Callable[[Handler], Handler]:
 
     def register(handler: Handler) -> Handler:
         _handlers.update(dict.fromkeys(ops, handler))
+        return handler
+
+    return register
+
+
+def handles_named(*names: str) -> Callable[[Handler], Handler]:
+    """Register a handler for operations of other libraries, by their qualified names."""
+
+    def register(handler: Handler) -> Handler:
+        _named.update(dict.fromkeys(names, handler))
         return handler
 
     return register
@@ -93,6 +104,8 @@ def handler_for(op: OpOverload) -> Handler | None:
     """Find the handler of an operation, of its functional twin, or of all pointwise operations."""
     if torch.Tag.pointwise in op.tags:
         return _pointwise[0]
+    if op._schema.name in _named:
+        return _named[op._schema.name]
     name = op._schema.name.removeprefix("aten::")
     for packet in [op.overloadpacket, *packets(name.removesuffix("_"))]:
         if packet in _handlers:
