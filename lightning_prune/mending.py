@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from torch import nn
@@ -61,9 +62,9 @@ def mendings(model: nn.Module, attributes: Attributes, misfit: Misfit) -> Iterat
         attributes: What is set already.
         misfit: Where the trial went wrong with it.
     """
-    for name, module in misfit.modules.items():
+    for rule, (name, module) in product((_changed, _in_proportion), misfit.modules.items()):
         for attribute, value in list(module.__dict__.items()):
-            for new in dict.fromkeys(_changed(value, misfit.sizes)):
+            for new in dict.fromkeys(rule(value, misfit.sizes)):
                 if attributes.get(name, {}).get(attribute, value) == new or attribute.startswith("_"):
                     continue
                 alike = {
@@ -98,6 +99,17 @@ def _changed(value: Any, sizes: list[Sizes]) -> Iterator[int | tuple[int, ...]]:
                 tuple(after if item == before else item for item in value)
                 for before, after in zip(old, new, strict=True)
                 if before in value
+            )
+
+
+def _in_proportion(value: Any, sizes: list[Sizes]) -> Iterator[int]:
+    """Yield what an attribute should hold, if a multiple of it is a size that has changed."""
+    if type(value) is int and value > 1:
+        for old, new in sizes:
+            yield from (
+                value * after // before
+                for before, after in zip(old, new, strict=True)
+                if before > value and before % value == value * after % before == 0 < after != before
             )
 
 

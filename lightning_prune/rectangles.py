@@ -54,7 +54,7 @@ class Rectangle:
 
 
 def settle(
-    space: LabelSpace, rectangles: Iterable[Rectangle], attended: Iterable[LabelArray], count: int, heads: Heads
+    space: LabelSpace, rectangles: Sequence[Rectangle], attended: Iterable[LabelArray], count: int, heads: Heads
 ) -> None:
     """Choose the factor along which each rectangle is cut.
 
@@ -70,7 +70,7 @@ def settle(
     """
     undecided = list(rectangles)
     while undecided:
-        state = _State(space, attended, count)
+        state = _State(space, rectangles, attended, count)
         urgency = [state.urgency(rectangle) for rectangle in undecided]
         for rectangle, rank in zip(undecided, urgency, strict=True):
             if rank == min(urgency):
@@ -79,13 +79,13 @@ def settle(
 
 
 def _decide(space: LabelSpace, state: _State, rectangle: Rectangle, heads: Heads) -> None:
-    of_heads = [] if rectangle.merged else [state.is_head(labels) for labels in rectangle.axes]
-    if not any(of_heads):
+    of_heads = [state.is_head(labels) for labels in rectangle.axes]
+    if heads == "keep" and (any(of_heads) or state.is_head(rectangle.box)):
+        rectangle.keep(space, "belongs to attention heads, which are kept")
+    elif not any(of_heads):
         axis = state.best(rectangle, range(len(rectangle.axes)))
         relation = "is merged with another" if rectangle.merged else "is split off from another"
         rectangle.cut_along(space, axis, f"{relation} dimension that is cut, in {rectangle.where}")
-    elif heads == "keep":
-        rectangle.keep(space, "belongs to attention heads, which are kept")
     elif heads == "whole":
         axis = state.best(rectangle, [place for place, is_head in enumerate(of_heads) if is_head])
         rectangle.cut_along(space, axis, "lies inside attention heads, which are cut whole")
@@ -99,16 +99,23 @@ class _State:
 
     Args:
         space: Where they are tied and frozen.
+        rectangles: What views have split and merged; the factors of what belongs to the model belong to it too.
         attended: The labels of dimensions that attentions treat one by one.
         count: The labels of the model's tensors are those below it.
     """
 
-    def __init__(self, space: LabelSpace, attended: Iterable[LabelArray], count: int) -> None:
+    def __init__(
+        self, space: LabelSpace, rectangles: Iterable[Rectangle], attended: Iterable[LabelArray], count: int
+    ) -> None:
         self._roots = space.roots()
         size = len(self._roots)
         self._frozen = space.reasons()[0] >= 0
         self._real = np.zeros(size, dtype=bool)
         self._real[self._roots[:count]] = True
+        for rectangle in rectangles:
+            if not rectangle.merged and self._any(self._real, rectangle.box):
+                for labels in rectangle.axes:
+                    self._real[self._roots[labels]] = True
         self._head = np.zeros(size, dtype=bool)
         for labels in attended:
             self._head[self._roots[labels]] = True

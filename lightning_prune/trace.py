@@ -59,6 +59,7 @@ class Step:
         outputs: The shape and the labels of each tensor that it returned.
         fresh: The first label and the number of those that were made here, for each time that some were.
         decisions: What was decided here.
+        by_value: Whether the size of the outputs depends on values, as in a search for the best boxes.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Step:
     outputs: tuple[tuple[tuple[int, ...], Labels], ...]
     fresh: tuple[tuple[int, int], ...] = ()
     decisions: tuple[tuple[int, ...], ...] = ()
+    by_value: bool = False
 
 
 @dataclass(frozen=True)
@@ -197,15 +199,26 @@ def _at_least_two(tensor: Tensor) -> Tensor:
 def _maker(substrate: Substrate, stack: ExitStack) -> Any:
     """Return the function that makes a stand-in of a tensor."""
     if substrate == "meta":
-        return lambda tensor: torch.empty_like(tensor.detach(), device="meta")
+        return _weightless
     if substrate == "fake":
         mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         return lambda tensor: mode.from_tensor(tensor.detach(), static_shapes=True)
     return lambda tensor: tensor.detach().clone()
 
 
+def _weightless(tensor: Tensor) -> Tensor:
+    """Return a tensor without memory; numbers that code may look at, such as masks and positions, stay real."""
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta:
+        return torch.empty_like(tensor.detach(), device="meta")
+    return tensor.detach().to("cpu", copy=True)
+
+
 _MAKE_LABELS = (factories.uniform, movement.expand, movement.repeat)
 """Handlers that have something to say about tensors without labels too."""
+
+
+def _is_float(dtype: torch.dtype | None) -> bool:
+    return dtype is None or dtype.is_floating_point or dtype.is_complex
 
 
 class Tracer(TorchDispatchMode):
@@ -234,7 +247,7 @@ class Tracer(TorchDispatchMode):
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given = kwargs or {}
-        if self._meta and handler_for(func) is factories.uniform:
+        if self._meta and handler_for(func) is factories.uniform and _is_float(given.get("dtype")):
             given = {**given, "device": torch.device("meta")}
         self._flow.current = (str(func), (args, given))
         dense = self._watcher.before(str(func))
@@ -281,7 +294,9 @@ class Tracer(TorchDispatchMode):
         outputs = tuple([(tuple(out.shape), self._flow.of(out)) for out in flat_tensors((call.out,))])
         if outputs:
             inputs = tuple([tuple(tensor.shape) for tensor in call.tensors])
-            step = Step(call.name, inputs, outputs, tuple(space.allocations[made:]), tuple(space.decisions[decided:]))
+            fresh, decisions = tuple(space.allocations[made:]), tuple(space.decisions[decided:])
+            by_value = torch.Tag.dynamic_output_shape in call.op.tags or call.op.name() == "torchvision::nms"
+            step = Step(call.name, inputs, outputs, fresh, decisions, by_value)
             self.steps.append(step)
             self._watcher.after(step)
 
