@@ -25,6 +25,7 @@ class Flow:
         current: The operation that runs, and its arguments: after a failure, the one that failed.
         rectangles: The dimensions that views have split or merged, and that are not settled yet.
         attended: The labels of dimensions that attentions treat one by one.
+        marks: The labels of parts of dimensions that went another way than the rest.
         told: While a cut model runs: id -> the shape in the dense model, for what goes in and out of this operation.
     """
 
@@ -35,6 +36,7 @@ class Flow:
         self.current: tuple[str, object] = ("", ())
         self.rectangles: list[Rectangle] = []
         self.attended: list[LabelArray] = []
+        self.marks: list[LabelArray] = []
         self.told: dict[int, tuple[int, ...]] = {}
 
     @staticmethod
@@ -84,6 +86,11 @@ class Flow:
         """Note that an attention treats these positions one by one."""
         if labels is not None:
             self.attended.append(labels)
+
+    def mark(self, part: LabelArray, whole: LabelArray) -> None:
+        """Note that some positions of a dimension went another way than the rest."""
+        if 0 < len(part) < len(whole):
+            self.marks.append(part)
 
     def make(self, labels: LabelArray | None) -> None:
         """Note that an operation makes these channels: its weights give a group its name."""

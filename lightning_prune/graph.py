@@ -202,7 +202,10 @@ def _groups(flow: Flow, index: _Index) -> Iterator[ChannelGroup]:
     made = _made_order(flow, roots)
     order = np.lexsort((index.position, index.tensor_dim, roots[:count]))
     channel_root, start = np.unique(roots[:count][order], return_index=True)
-    signature = np.add.reduceat(_hashes(len(index.places))[index.tensor_dim[order]], start)
+    hashes = _hashes(len(index.places) + len(flow.marks))
+    signature = np.add.reduceat(hashes[index.tensor_dim[order]], start)
+    for mark, part in zip(hashes[len(index.places) :], flow.marks, strict=True):
+        signature[np.isin(channel_root, roots[part])] += mark
     length = np.diff(np.append(start, count))
     keep = np.flatnonzero(
         (made[channel_root] >= 0) | ((reason[channel_root] < 0) & _spans_tensors(index, order, start))

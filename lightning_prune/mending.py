@@ -63,23 +63,34 @@ def mendings(model: nn.Module, attributes: Attributes, misfit: Misfit) -> Iterat
         misfit: Where the trial went wrong with it.
     """
     for rule, (name, module) in product((_changed, _in_proportion), misfit.modules.items()):
-        for attribute, value in list(module.__dict__.items()):
-            for new in dict.fromkeys(rule(value, misfit.sizes)):
-                if attributes.get(name, {}).get(attribute, value) == new or attribute.startswith("_"):
-                    continue
-                alike = {
-                    other: new
-                    for other, twin in model.named_modules()
-                    if type(twin) is type(module)
-                    and _equal(twin.__dict__.get(attribute), value)
-                    and attribute not in attributes.get(other, {})
-                }
-                if len(alike) > 1:
-                    yield _set(attributes, attribute, {**alike, name: new})
-                yield _set(attributes, attribute, {name: new})
+        fitting = [
+            (attribute, new)
+            for attribute, value in list(module.__dict__.items())
+            for new in dict.fromkeys(rule(value, misfit.sizes))
+            if attributes.get(name, {}).get(attribute, value) != new and not attribute.startswith("_")
+        ]
+        for attribute, new in fitting:
+            alike = _alike(model, module, attribute, attributes)
+            if len(alike) > 1:
+                yield _set(attributes, attribute, dict.fromkeys([*alike, name], new))
+            yield _set(attributes, attribute, {name: new})
+        if len(fitting) > 1:
+            yield {**attributes, name: {**attributes.get(name, {}), **dict(reversed(fitting))}}
     for name in misfit.modules:
         for attribute in attributes.get(name, {}):
             yield _unset(attributes, name, attribute)
+
+
+def _alike(model: nn.Module, module: nn.Module, attribute: str, attributes: Attributes) -> list[str]:
+    """List the modules of the same class that hold the same value there, as long as it was not set."""
+    value = module.__dict__[attribute]
+    return [
+        name
+        for name, other in model.named_modules()
+        if type(other) is type(module)
+        and _equal(other.__dict__.get(attribute), value)
+        and attribute not in attributes.get(name, {})
+    ]
 
 
 def _equal(left: Any, right: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -140,14 +140,28 @@ def draft_cut(model: nn.Module, example_inputs: ExampleInputs, request: Request)
         )
     baseline = Baseline.of(model, graph, scores)
     refused: dict[str, str] = {}
+    spared: set[str] = set()
     while True:
         free = {name: values for name, values in scores.items() if name not in refused}
-        plan = _plan(model, graph, free, request, baseline)
+        plan = _spare(_plan(model, graph, free, request, baseline), scores, spared)
         trial = verify(model, graph, plan, prepare(model, graph, plan))
         if not trial.refused:
             break
-        refused.update(trial.refused)
+        single = {name for name in trial.refused if len(scores[name]) - len(plan.removed[name]) == 1} - spared
+        spared |= single
+        refused.update({name: reason for name, reason in trial.refused.items() if name not in single})
     return Draft(trial.cut, _record(model, graph, plan, trial, request, baseline, refused))
+
+
+def _spare(plan: PruningPlan, scores: Mapping[str, Tensor], names: Iterable[str]) -> PruningPlan:
+    """Keep a second channel in groups where a single one would take another path through torch."""
+    removed, held_back = dict(plan.removed), dict(plan.held_back)
+    for name in names:
+        if len(scores[name]) - len(removed.get(name, ())) == 1:
+            lowest = scores[name].argsort(stable=True)[: len(removed[name]) - 1]
+            removed[name] = lowest.sort().values
+            held_back[name] = "keeps 2 channels in place of 1: a single one cannot be verified"
+    return PruningPlan({name: indices for name, indices in removed.items() if len(indices)}, held_back)
 
 
 @dataclass(frozen=True)

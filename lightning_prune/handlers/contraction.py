@@ -24,8 +24,7 @@ def convolution(flow: Flow, call: Call) -> None:
     for extent in kernel:
         flow.freeze(extent, "is the extent of a kernel")
     *batch, source = flow.of(call["input"])[: -len(kernel)]
-    for extent in flow.of(call["input"])[-len(kernel) :]:
-        flow.freeze(extent, f"is slid over by a kernel in {call.name}")
+    space = _space(flow, call, len(kernel))
     groups, where = call["groups"], call.name
     if groups > 1 and flow.dense_shape(call["weight"])[1] == 1:
         inner = None
@@ -38,7 +37,18 @@ def convolution(flow: Flow, call: Call) -> None:
         made = _grouped(flow, source, outer, inner, groups, where)
     flow.make(made)
     _tie_bias(flow, made, call["bias"], where)
-    flow.put(call.out, [*batch, made, *[None] * len(kernel)])
+    flow.put(call.out, [*batch, made, *space])
+
+
+def _space(flow: Flow, call: Call, dims: int) -> list[LabelArray | None]:
+    """Return the labels of the spatial dimensions, which go on only where the kernel looks at one place at a time."""
+    settings = zip(flow.dense_shape(call["weight"])[-dims:], call["stride"], call["padding"], strict=True)
+    space = list(flow.of(call["input"])[-dims:])
+    for dim, setting in enumerate(settings):
+        if setting != (1, 1, 0):
+            flow.freeze(space[dim], f"is slid over by a kernel in {call.name}")
+            space[dim] = None
+    return space
 
 
 def _grouped(

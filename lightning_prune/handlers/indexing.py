@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lightning_prune.flow import Flow
 from lightning_prune.handlers.pointwise import align, broadcast
-from lightning_prune.handlers.registry import Call, handles, packets
+from lightning_prune.handlers.registry import Call, handles, handles_named, packets
 from lightning_prune.labels import LabelArray
 
 
@@ -45,28 +46,36 @@ def embedding_bag(flow: Flow, call: Call) -> None:
 def _indexed(flow: Flow, source: Tensor, indices: list[Tensor | None], where: str) -> list[LabelArray | None]:
     """Return the labels of `source[indices]`: those of the index tensors stand where the first of them stood.
 
-    If the indexed dimensions are not next to each other, they stand in front.
+    If the indexed dimensions are not next to each other, they stand in front. A mask takes as many dimensions as it
+    has and leaves one without channels.
     """
     labels = list(flow.of(source))
-    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
-    if any(
-        index.dtype.is_floating_point is False and str(index.dtype) in ("torch.bool", "torch.uint8")
-        for _, index in given
-    ):
-        raise LookupError("a mask picks channels")
-    for dim, _ in given:
-        _pick(flow, labels[dim], where)
-    wide = max(index.dim() for _, index in given)
-    shape = [1] * wide
-    for _, index in given:
-        for place, size in enumerate(index.shape):
-            shape[place + wide - index.dim()] = max(shape[place + wide - index.dim()], size)
-    picked = broadcast(flow, [index for _, index in given], shape, where)
-    places = [dim for dim, _ in given]
-    left = [part for dim, part in enumerate(labels) if dim not in places]
+    places: list[int] = []
+    picks: list[Tensor] = []
+    dim = 0
+    for given in indices:
+        taken = 1 if given is None or given.dtype not in (torch.bool, torch.uint8) else given.dim()
+        if given is not None:
+            places.extend(range(dim, dim + taken))
+            if given.dtype not in (torch.bool, torch.uint8):
+                picks.append(given)
+        dim += taken
+    for place in places:
+        _pick(flow, labels[place], where)
+    shape = torch.broadcast_shapes(*(pick.shape for pick in picks)) if picks else (1,)
+    picked = broadcast(flow, picks, shape, where)
+    left = [part for place, part in enumerate(labels) if place not in places]
     together = places == list(range(places[0], places[-1] + 1))
     front = places[0] if together else 0
     return [*left[:front], *picked, *left[front:]]
+
+
+@handles(*packets("nonzero masked_select _unique2 unique_dim unique_consecutive"))
+@handles_named("torchvision::nms")
+def search(flow: Flow, call: Call) -> None:
+    """What is found by its value is known by its number: all that is searched freezes."""
+    for tensor in call.tensors:
+        flow.freeze_tensor(tensor, f"is searched in {call.name}")
 
 
 @handles(*packets("index _unsafe_index"))

@@ -138,6 +138,7 @@ def slice_(flow: Flow, call: Call) -> None:
         elif step > 1 and size % step == 0 and length > size - step:
             flow.space.tie(whole.reshape(-1, step), whole.reshape(-1, step)[:, :1])
         labels[dim] = whole[start:stop:step]
+        flow.mark(whole[start:stop:step], whole)
     flow.put(call.out, labels)
 
 
@@ -160,6 +161,7 @@ def split(flow: Flow, call: Call) -> None:
         stop = start + out.shape[dim]
         if whole is not None:
             labels[dim] = whole[start:stop]
+            flow.mark(whole[start:stop], whole)
         flow.put(out, labels)
         start = stop
 
