@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_prune.graph import Graph
@@ -49,17 +51,18 @@ def _without(values: Mapping[str, Size], known: Iterable[str]) -> dict[str, Size
 
 def _kept(model: nn.Module, groups: Iterable[ChannelGroup], plan: PruningPlan) -> Kept:
     tensors = named_tensors(model)
-    stays: dict[tuple[str, int], Tensor] = {}
+    stays: dict[tuple[str, int], NDArray[np.bool_]] = {}
     for group in groups:
         if group.name in plan.removed:
+            gone = plan.removed[group.name].numpy()
             for member in group.members:
                 place = (member.tensor, member.dim)
                 size = tensors[member.tensor].shape[member.dim]
-                mask = stays.setdefault(place, torch.ones(size, dtype=torch.bool))
-                mask[member.positions[plan.removed[group.name]].reshape(-1)] = False
+                mask = stays.setdefault(place, np.ones(size, dtype=bool))
+                mask[member.positions.numpy()[gone]] = False
     kept: dict[str, dict[int, Tensor]] = {}
     for (name, dim), mask in stays.items():
-        kept.setdefault(name, {})[dim] = mask.nonzero().squeeze(1)
+        kept.setdefault(name, {})[dim] = torch.from_numpy(np.flatnonzero(mask))
     return kept
 
 

@@ -19,9 +19,9 @@ from lightning_prune.flow import Flow
 from lightning_prune.inputs import ExampleInputs, Inputs, bind
 from lightning_prune.labels import LabelArray, Labels, LabelSpace
 from lightning_prune.rectangles import check_heads, settle
-from lightning_prune.tensors import named_tensors
+from lightning_prune.tensors import named_tensors, unwrapped
 from lightning_prune.trace import SUBSTRATES, Run, Setting, run
-from lightning_prune.types import ChannelGroup, Heads, Member
+from lightning_prune.types import ChannelGroup, ChannelGroups, Heads, Member
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Graph:
         runs: How the model was run, and what happened each time.
     """
 
-    groups: tuple[ChannelGroup, ...]
+    groups: ChannelGroups
     inputs: Inputs
     labels: Mapping[str, Labels]
     roots: LabelArray
@@ -52,7 +52,7 @@ class Graph:
 
 def find_groups(
     model: nn.Module, example_inputs: ExampleInputs, ignore: Sequence[str] = (), heads: Heads = "whole"
-) -> tuple[ChannelGroup, ...]:
+) -> ChannelGroups:
     """Find the channels that can only go together.
 
     The model runs once on tensors without memory, and every operation says how the channels pass through it.
@@ -67,7 +67,8 @@ def find_groups(
             same part of the width of every head, "keep" leaves attentions as they are inside.
 
     Returns:
-        The channel groups in the order in which the model makes them, frozen ones included.
+        The channel groups in the order in which the model makes them, frozen ones included; print them. Names are
+        those inside of `DataParallel`, `DistributedDataParallel` and `torch.compile`.
 
     Raises:
         ValueError: A pattern of `ignore` matches no module, or `heads` is none of the three.
@@ -75,16 +76,25 @@ def find_groups(
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
-        >>> for group in find_groups(net, torch.zeros(1, 3, 8, 8)):
-        ...     print(group.name, group.size, group.frozen)
-        0 8 None
-        3 4 reaches the model's output
+        >>> print(find_groups(net, torch.zeros(1, 3, 8, 8)))
+        0: 8 channels, prunable
+          0.weight [dim 0]
+          0.bias [dim 0]
+          1.weight [dim 0]
+          1.bias [dim 0]
+          1.running_mean [dim 0]
+          1.running_var [dim 0]
+          3.weight [dim 1]
+        3: 4 channels, frozen: reaches the model's output
+          3.weight [dim 0]
+          3.bias [dim 0]
     """
     return read(model, example_inputs, ignore, heads).groups
 
 
 def read(model: nn.Module, example_inputs: ExampleInputs, ignore: Sequence[str] = (), heads: Heads = "whole") -> Graph:
     """Find the channel groups and keep what is needed to verify a cut; see `find_groups`."""
+    model = unwrapped(model)
     check_heads(heads)
     ignored = ignored_tensors(model, ignore)
     inputs = bind(model, example_inputs)
@@ -103,7 +113,7 @@ def read(model: nn.Module, example_inputs: ExampleInputs, ignore: Sequence[str] 
             "Write one (CONTRIBUTING.md, 'Add an op handler'), or ignore this if those layers may stay as they are.",
             stacklevel=3,
         )
-    return Graph(tuple(_groups(flow, index)), inputs, index.labels, flow.space.roots(), runs)
+    return Graph(ChannelGroups(_groups(flow, index)), inputs, index.labels, flow.space.roots(), runs)
 
 
 def ignored_tensors(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:
@@ -200,26 +210,42 @@ def _groups(flow: Flow, index: _Index) -> Iterator[ChannelGroup]:
     roots = flow.space.roots()
     reason, reasons = flow.space.reasons()
     made = _made_order(flow, roots)
-    order = np.lexsort((index.position, index.tensor_dim, roots[:count]))
-    channel_root, start = np.unique(roots[:count][order], return_index=True)
-    hashes = _hashes(len(index.places) + len(flow.marks))
-    signature = np.add.reduceat(hashes[index.tensor_dim[order]], start)
-    for mark, part in zip(hashes[len(index.places) :], flow.marks, strict=True):
-        signature[np.isin(channel_root, roots[part])] += mark
+    order = np.argsort(roots[:count], kind="stable")  # labels are numbered by tensor, dimension and position
+    sorted_roots = roots[order]
+    start = np.flatnonzero(np.diff(sorted_roots, prepend=-1))
+    channel_root = sorted_roots[start]
     length = np.diff(np.append(start, count))
+    signature = _signatures(flow, index, order, start, channel_root)
     keep = np.flatnonzero(
         (made[channel_root] >= 0) | ((reason[channel_root] < 0) & _spans_tensors(index, order, start))
     )
-    keys = np.stack([signature[keep].view(np.int64), reason[channel_root[keep]], length[keep]])
-    _, inverse = np.unique(keys, axis=1, return_inverse=True)
+    if not len(keep):
+        return
+    alike = signature[keep] + _hashes(len(reasons) + 1)[reason[channel_root[keep]]] * length[keep].astype(np.uint64)
+    by_kind = np.argsort(alike, kind="stable")
     found = []
-    for group in range(inverse.max() + 1 if len(keep) else 0):
-        channels = keep[inverse.reshape(-1) == group]
+    for channels in np.split(keep[by_kind], np.flatnonzero(np.diff(alike[by_kind])) + 1):
         cells = order[start[channels][:, None] + np.arange(length[channels[0]])]
         frozen = reason[channel_root[channels[0]]]
         first = made[channel_root[channels]].min()
         found.append((first if first >= 0 else len(made), cells, reasons[frozen] if frozen >= 0 else None))
     yield from _named(sorted(found, key=lambda item: (item[0], item[1].min())), flow, index)
+
+
+def _signatures(
+    flow: Flow, index: _Index, order: LabelArray, start: LabelArray, channel_root: LabelArray
+) -> NDArray[np.uint64]:
+    """Return a number for every channel, the same for channels that live in the same places and go the same ways."""
+    hashes = _hashes(len(index.places) + len(flow.marks))
+    signature: NDArray[np.uint64] = np.add.reduceat(hashes[index.tensor_dim[order]], start)
+    roots = flow.space.roots()
+    for mark, part in zip(hashes[len(index.places) :], flow.marks, strict=True):
+        marked = np.unique(roots[part])
+        place = np.searchsorted(channel_root, marked)
+        inside = place < len(channel_root)
+        hit = place[inside][channel_root[place[inside]] == marked[inside]]
+        signature[hit] += mark
+    return signature
 
 
 def _made_order(flow: Flow, roots: LabelArray) -> LabelArray:

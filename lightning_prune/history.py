@@ -16,7 +16,7 @@ from torch import nn
 from lightning_prune.cut import Cut
 from lightning_prune.errors import HistoryError
 from lightning_prune.surgery import apply
-from lightning_prune.tensors import named_tensors
+from lightning_prune.tensors import named_tensors, unwrapped
 from lightning_prune.types import Change, PruneRecord
 
 KEY = "pruning_history"
@@ -29,13 +29,13 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def history_of(model: nn.Module) -> tuple[PruneRecord, ...]:
     """Return all cuts of a model in order."""
-    records: tuple[PruneRecord, ...] = model.__dict__.get(_ATTRIBUTE, ())
+    records: tuple[PruneRecord, ...] = unwrapped(model).__dict__.get(_ATTRIBUTE, ())
     return records
 
 
 def append(model: nn.Module, record: PruneRecord) -> None:
     """Add a cut that happened to the model's history."""
-    model.__dict__[_ATTRIBUTE] = (*history_of(model), record)
+    unwrapped(model).__dict__[_ATTRIBUTE] = (*history_of(model), record)
 
 
 def to_plain(records: Sequence[PruneRecord]) -> list[dict[str, Any]]:

@@ -198,3 +198,18 @@ def _mean(source: Tensor, dim: Sequence[int] | None, keepdim: bool = False, **na
 @_quick(*_overloads("roll"))
 def _roll(source: Tensor, shifts: object, dims: object = ()) -> Any:
     return _same(source)
+
+
+@_quick(*_overloads("cat"))
+def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Any:
+    first = tensors[0]
+    dim %= max(first.dim(), 1)
+    others = [size for place, size in enumerate(first.shape) if place != dim]
+    for tensor in tensors:
+        if [size for place, size in enumerate(tensor.shape) if place != dim] != others or tensor.dim() != first.dim():
+            return None
+    if not _plain(*tensors) or not first.dim():
+        return None
+    shape = list(first.shape)
+    shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
+    return _empty(first, shape)

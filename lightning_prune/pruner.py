@@ -18,6 +18,7 @@ from lightning_prune.graph import Graph, read
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.rectangles import check_heads
 from lightning_prune.surgery import apply
+from lightning_prune.tensors import unwrapped
 from lightning_prune.types import UNITS, Change, Heads, PruneRecord, PruningPlan, Unit
 from lightning_prune.verification import Trial, verify
 
@@ -79,7 +80,8 @@ def prune(
     """Cut channels out of a model.
 
     Args:
-        model: Any module; changed in place, its parameters stay the same objects.
+        model: Any module; changed in place, its parameters stay the same objects. `DistributedDataParallel` must be
+            wrapped around it anew afterwards: it keeps buckets of the old sizes.
         example_inputs: A tensor, a tuple of positional inputs, a dict of keyword inputs, or a whole batch.
         pruning_ratio: Fraction to be gone afterwards, counted against the dense model also when called again.
         of: What it is a fraction of: "channels" (of all that can be pruned), "params" or "macs" (of the model).
@@ -104,6 +106,7 @@ def prune(
         >>> net[0].out_features, record.reached
         (5, 0.5)
     """
+    model = unwrapped(model)
     limits = Limits(min_channels, round_to)
     request = Request(pruning_ratio, of, criterion or Magnitude(), allocation or Uniform(), ignore, heads, limits)
     draft = draft_cut(model, example_inputs, request)

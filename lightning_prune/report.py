@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from rich.table import Table
 
-from lightning_prune.types import Change, PruneRecord
+from lightning_prune.types import Change, ChannelGroup, PruneRecord
 
 _INK, _PALE, _FULL = (40, 40, 40), (205, 212, 222), (38, 110, 180)
 _ROW, _LEFT, _BAR = 16, 260, 420
@@ -45,6 +45,24 @@ def record_table(record: PruneRecord, title: str = "Pruned") -> Table:
 
 def _row(name: str, change: Change) -> tuple[str, ...]:
     return (name, *map(count, (change.dense, change.before, change.after)), f"{change.removed:.1%}")
+
+
+def describe(groups: Sequence[ChannelGroup]) -> Table:
+    """Tell the channel groups, a line each: how many channels, the layers that share them, and why one is frozen.
+
+    >>> from rich import print
+    >>> print(describe(groups))  # doctest: +SKIP
+    """
+    table = Table(title="Channel groups")
+    table.add_column("group")
+    table.add_column("channels", justify="right")
+    table.add_column("tensors", justify="right")
+    table.add_column("layers", overflow="fold", ratio=2)
+    table.add_column("frozen", overflow="fold", ratio=1)
+    for group in groups:
+        layers = dict.fromkeys(member.tensor.rpartition(".")[0] or member.tensor for member in group.members)
+        table.add_row(group.name, str(group.size), str(len(group.members)), ", ".join(layers), group.frozen or "")
+    return table
 
 
 def history_table(records: Sequence[PruneRecord]) -> Table:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import TypeAlias
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lightning_prune.tensors import tensor_at
+from lightning_prune.tensors import named_modules, tensor_at
 from lightning_prune.types import Attributes
 
 Size: TypeAlias = "int | tuple[int, ...]"
@@ -100,11 +101,17 @@ _TABLE: tuple[tuple[type | tuple[type, ...], Callable[..., Sizes]], ...] = (
 )
 
 
+@cache
+def _rule(kind: type) -> Callable[..., Sizes] | None:
+    return next((rule for known, rule in _TABLE if issubclass(kind, known)), None)
+
+
 def stale_sizes(model: nn.Module) -> Attributes:
     """Return the attributes that contradict the tensors now in the model, with the values that they should have."""
     stale: dict[str, Sizes] = {}
-    for name, module in model.named_modules():
-        sizes = next((rule(module) for kind, rule in _TABLE if isinstance(module, kind)), {})
+    for name, module in named_modules(model).items():
+        rule = _rule(type(module))  # type: ignore[arg-type] # a class is hashable
+        sizes = rule(module) if rule else {}
         wrong = {attribute: value for attribute, value in sizes.items() if getattr(module, attribute) != value}
         if wrong:
             stale[name] = wrong

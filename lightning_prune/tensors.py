@@ -11,13 +11,42 @@ from torch import Tensor, nn
 from lightning_prune.types import Attributes
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside of `DataParallel`, `DistributedDataParallel` and `torch.compile`."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            inner = model._modules["_orig_mod"]
+            assert inner is not None
+            model = inner
+        else:
+            return model
+
+
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return what `named_modules` yields, in a tenth of the time."""
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+    waiting = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            found[name] = module
+            prefix = f"{name}." if name else ""
+            children = [(prefix + key, child) for key, child in module._modules.items() if child is not None]
+            waiting.extend(reversed(children))
+    return found
+
+
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters and buffers by their qualified names, each tensor once.
 
     The names and the order are those of `named_parameters` and then `named_buffers`, in a tenth of the time.
     """
-    modules = [(f"{name}." if name else "", module) for name, module in model.named_modules()]
-    held = [(prefix, module._parameters) for prefix, module in modules]
+    modules = [(f"{name}." if name else "", module) for name, module in named_modules(model).items()]
+    held: list[tuple[str, Mapping[str, Tensor | None]]] = [(prefix, module._parameters) for prefix, module in modules]
     held += [(prefix, module._buffers) for prefix, module in modules]
     seen: set[int] = set()
     found: dict[str, Tensor] = {}
@@ -56,7 +85,7 @@ def swapped(
         attributes: Module name -> attribute -> value.
     """
     own = {id(tensor): tensors[name] for name, tensor in named_tensors(model).items() if name in tensors}
-    modules = dict(model.named_modules())
+    modules = named_modules(model)
     saved = [
         (part, dict(part))
         for module in modules.values()
@@ -71,7 +100,7 @@ def swapped(
     try:
         for module in modules.values():
             _swap(module, own)
-            module.training = training
+            module.__dict__["training"] = training
         for name, values in (attributes or {}).items():
             set_attributes(modules[name], values)
         yield
@@ -88,9 +117,11 @@ def _swap(module: nn.Module, own: Mapping[int, Tensor]) -> None:
     """Swap registered tensors, and those that a module keeps a second time in a list or an attribute."""
     registered: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
     for part in registered:
-        part.update({key: own[id(tensor)] for key, tensor in part.items() if id(tensor) in own})
+        for key, tensor in part.items():
+            if id(tensor) in own:
+                part[key] = own[id(tensor)]
     for key, value in module.__dict__.items():
-        if isinstance(value, list) and any(id(item) in own for item in value):
+        if type(value) is list and any(id(item) in own for item in value):
             module.__dict__[key] = [own.get(id(item), item) for item in value]
-        elif id(value) in own:
+        elif isinstance(value, Tensor) and id(value) in own:
             module.__dict__[key] = own[id(value)]

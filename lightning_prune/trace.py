@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from lightning_prune.errors import TraceError
 from lightning_prune.flow import Flow
-from lightning_prune.handlers import Call, Handler, factories, handler_for, movement
+from lightning_prune.handlers import Call, Handler, factories, handler_for, movement, name_of
 from lightning_prune.inputs import Inputs, flat_tensors, tensors_in
 from lightning_prune.labels import Labels
 from lightning_prune.meta import kernel_for
@@ -184,7 +185,10 @@ def _in_small_steps() -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     torch._C._set_mkldnn_enabled(False)  # `torch.backends.mkldnn.flags` warns of settings that it touches besides
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with ExitStack() as stack:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(transformers)
@@ -215,6 +219,17 @@ def _weightless(tensor: Tensor) -> Tensor:
 
 _MAKE_LABELS = (factories.uniform, movement.expand, movement.repeat)
 """Handlers that have something to say about tensors without labels too."""
+
+
+def _flops(call: Call) -> int:
+    """Count floating point operations by the formulas of `torch.utils.flop_counter`, which take shapes."""
+    formula = flop_registry.get(call.op.overloadpacket)
+    if formula is None:
+        return 0
+    args = [value.shape if isinstance(value, Tensor) else value for value in call.args]
+    kwargs = {key: value.shape if isinstance(value, Tensor) else value for key, value in call.kwargs.items()}
+    out = [part.shape for part in flat_tensors((call.out,))]
+    return int(formula.__wrapped__(*args, **kwargs, out_shape=out[0] if isinstance(call.out, Tensor) else out))
 
 
 def _is_float(dtype: torch.dtype | None) -> bool:
@@ -249,15 +264,13 @@ class Tracer(TorchDispatchMode):
         given = kwargs or {}
         if self._meta and handler_for(func) is factories.uniform and _is_float(given.get("dtype")):
             given = {**given, "device": torch.device("meta")}
-        self._flow.current = (str(func), (args, given))
-        dense = self._watcher.before(str(func))
+        self._flow.current = (name_of(func), (args, given))
+        dense = self._watcher.before(name_of(func))
         call = self._called(func, args, given)
         if dense is not None:
             self._flow.told = _shapes(call, dense)
         self._explain(call)
-        count = flop_registry.get(func.overloadpacket)
-        if count is not None:
-            self.flops += count(*call.args, **call.kwargs, out_val=call.out)
+        self.flops += _flops(call)
         return call.out
 
     def _called(self, func: OpOverload, args: tuple[Any, ...], given: Mapping[str, Any]) -> Call:

@@ -78,6 +78,15 @@ class ChannelGroup:
         return "\n".join(lines)
 
 
+class ChannelGroups(tuple[ChannelGroup, ...]):
+    """Channel groups in the order in which a model makes them; printing them tells what is tied to what."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self))
+
+    __repr__ = __str__
+
+
 @dataclass(frozen=True)
 class PruningPlan:
     """What will go.

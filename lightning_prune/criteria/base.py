@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,11 @@ from lightning_prune.types import ChannelGroup, Member
 
 class Criterion(ABC):
     """The rule that scores channels."""
+
+    @contextmanager
+    def scoring(self, model: nn.Module) -> Iterator[None]:
+        """Surround the scoring of all groups of a model: what they share can be kept in the meantime."""
+        yield
 
     @abstractmethod
     def score(self, model: nn.Module, group: ChannelGroup) -> Tensor | None:
@@ -35,7 +41,10 @@ def gather(along: Tensor, member: Member) -> Tensor:
     Returns:
         A tensor of shape (size,).
     """
-    return along[member.positions.to(along.device)].sum(1)
+    positions = member.positions.to(along.device)
+    if positions.shape[1] == 1:
+        return along.index_select(0, positions.squeeze(1))
+    return along[positions].sum(1)
 
 
 def score_groups(criterion: Criterion, model: nn.Module, groups: Iterable[ChannelGroup]) -> dict[str, Tensor]:
@@ -51,19 +60,30 @@ def score_groups(criterion: Criterion, model: nn.Module, groups: Iterable[Channe
     tensors = named_tensors(model)
     scores = {}
     with torch.no_grad():
-        for name in dict.fromkeys(member.tensor for group in free for member in group.members):
-            if not _is_finite(tensors[name]):
+        names = dict.fromkeys(member.tensor for group in free for member in group.members)
+        for name in _suspicious({name: tensors[name] for name in names}):
+            if not tensors[name].isfinite().all():
                 raise ScoreError(_nothing_cut(f"{name} holds NaN or infinite values"))
-        for group in free:
-            raw = criterion.score(model, group)
-            if raw is not None:
-                scores[group.name] = _checked(raw, group, criterion)
+        with criterion.scoring(model):
+            for group in free:
+                raw = criterion.score(model, group)
+                if raw is not None:
+                    scores[group.name] = _checked(raw, group, criterion)
     return scores
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """Look at the sum first, which is quick and not finite where an element is not; a sum may also overflow."""
-    return not tensor.is_floating_point() or bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+def _suspicious(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Name the tensors whose sum is not finite: those that hold such an element, or whose sum overflows."""
+    sums: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if (tensor.is_floating_point() or tensor.is_complex()) and not tensor.is_meta:
+            sums.setdefault((tensor.device, tensor.dtype), {})[name] = tensor.sum()
+    return [
+        name
+        for alike in sums.values()
+        for name, finite in zip(alike, torch.stack(list(alike.values())).isfinite().tolist(), strict=True)
+        if not finite
+    ]
 
 
 def _checked(raw: Tensor, group: ChannelGroup, criterion: Criterion) -> Tensor:
@@ -73,6 +93,8 @@ def _checked(raw: Tensor, group: ChannelGroup, criterion: Criterion) -> Tensor:
             f"{rule} gave scores of shape {tuple(raw.shape)} for {group.name}, which has {group.size} channels; "
             "a criterion returns one number per channel."
         )
+    if raw.is_meta:
+        raise ScoreError(f"{rule} reads weights, and those of {group.name} lie on the meta device; use `Random()`.")
     if not raw.isfinite().all():
         raise ScoreError(_nothing_cut(f"{rule} gave NaN or infinite scores for {group.name}"))
     return raw.detach().to("cpu", torch.float64)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_prune.criteria.base import Criterion, gather
-from lightning_prune.tensors import tensor_at
+from lightning_prune.tensors import named_tensors
 from lightning_prune.types import ChannelGroup, Member
 
 
@@ -34,27 +37,51 @@ class Magnitude(Criterion):
             raise ValueError(f'`normalize` is "mean" or None; got {normalize!r}.')
         self.p = p
         self.normalize = normalize
+        self._tensors: dict[str, Tensor] = {}
+        self._powers: dict[tuple[str, int], Tensor] = {}
+
+    @override
+    @contextmanager
+    def scoring(self, model: nn.Module) -> Iterator[None]:
+        """Look up the tensors once, and read each of them once for each of its dimensions."""
+        self._tensors, self._powers = named_tensors(model), {}
+        try:
+            yield
+        finally:
+            self._tensors, self._powers = {}, {}
 
     def score(self, model: nn.Module, group: ChannelGroup) -> Tensor | None:
         """Return the norms; None where no parameter belongs to the group."""
-        owned = [(tensor_at(model, member.tensor), member) for member in group.members]
-        powers = [self._powers(tensor, member) for tensor, member in owned if isinstance(tensor, nn.Parameter)]
+        tensors = self._tensors or named_tensors(model)
+        owned = [(tensors[member.tensor], member) for member in group.members]
+        powers = [
+            gather(self._along(tensor, member), member) for tensor, member in owned if isinstance(tensor, nn.Parameter)
+        ]
         if not powers:
             return None
         norms = torch.stack([power.to(powers[0].device) for power in powers]).sum(0).pow(1 / self.p)
         mean = norms.mean()
         return norms / mean if self.normalize and mean > 0 else norms
 
-    def _powers(self, tensor: Tensor, member: Member) -> Tensor:
-        """Return ||W[k]||_p^p of every channel, in float32 at least."""
+    def _along(self, tensor: Tensor, member: Member) -> Tensor:
+        """Return ||W[k]||_p^p of every position along a member's dimension, read once while all groups are scored."""
+        place = (member.tensor, member.dim)
+        if place not in self._powers:
+            powers = self._summed(tensor, member.dim)
+            if not self._tensors:
+                return powers
+            self._powers[place] = powers
+        return self._powers[place]
+
+    def _summed(self, tensor: Tensor, dim: int) -> Tensor:
+        """Sum |w|^p over all other dimensions, in float32 at least."""
         weight = tensor.detach()
         if not weight.is_floating_point() or weight.dtype.itemsize < 4:
             weight = weight.float()
-        size, outer = weight.shape[member.dim], prod(weight.shape[: member.dim])
+        size, outer = weight.shape[dim], prod(weight.shape[:dim])
         if outer == 1:
-            along = torch.linalg.vector_norm(weight.reshape(size, -1), ord=self.p, dim=1).pow(self.p)
-        else:
-            flat = weight.reshape(outer, -1)
-            powers = flat.square() if self.p == 2 else flat.abs()
-            along = powers.sum(0).view(size, -1).sum(1)
-        return gather(along, member)
+            norms: Tensor = torch.linalg.vector_norm(weight.reshape(size, -1), ord=self.p, dim=1)
+            return norms.pow(self.p)
+        flat = weight.reshape(outer, -1)
+        powers = flat.square() if self.p == 2 else flat.abs()
+        return powers.sum(0).view(size, -1).sum(1)

@@ -12,7 +12,7 @@ from lightning_prune.handlers import (
     pooling,
     reduction,
 )
-from lightning_prune.handlers.registry import Call, Handler, handler_for, handles, packets
+from lightning_prune.handlers.registry import Call, Handler, handler_for, handles, name_of, packets
 
 __all__ = [
     "Call",
@@ -24,6 +24,7 @@ __all__ = [
     "handles",
     "indexing",
     "movement",
+    "name_of",
     "normalization",
     "packets",
     "patches",

@@ -22,6 +22,12 @@ def _signature(op: OpOverload) -> tuple[dict[str, int], dict[str, Any]]:
     return places, {argument.name: argument.default_value for argument in arguments}
 
 
+@cache
+def name_of(op: OpOverload) -> str:
+    """Return an operation's name, as in `aten.add.Tensor`."""
+    return str(op)
+
+
 @dataclass(frozen=True)
 class Call:
     """One ATen operation as it was called.
@@ -53,7 +59,7 @@ class Call:
     @property
     def name(self) -> str:
         """The operation's name, as in `aten.add.Tensor`."""
-        return str(self.op)
+        return name_of(self.op)
 
     @cached_property
     def tensors(self) -> list[Tensor]:
