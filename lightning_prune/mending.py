@@ -26,6 +26,7 @@ class Misfit:
         reason: What happened, in words.
         modules: Name -> module, for those whose forward was running, the innermost first.
         sizes: The sizes that change at this step and the one before.
+        around: The planned groups whose channels were there before it went wrong, the latest first.
     """
 
     moment: tuple[int, int]
@@ -33,6 +34,7 @@ class Misfit:
     reason: str
     modules: dict[str, nn.Module]
     sizes: list[Sizes]
+    around: list[str]
 
 
 def modules_of(model: nn.Module, error: BaseException) -> dict[str, nn.Module]:

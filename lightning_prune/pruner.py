@@ -19,7 +19,7 @@ from lightning_prune.inputs import ExampleInputs
 from lightning_prune.rectangles import check_heads
 from lightning_prune.surgery import apply
 from lightning_prune.tensors import unwrapped
-from lightning_prune.types import UNITS, Change, Heads, PruneRecord, PruningPlan, Unit
+from lightning_prune.types import UNITS, Attributes, Change, Heads, PruneRecord, PruningPlan, Unit
 from lightning_prune.verification import Trial, verify
 
 _SEARCH_STEPS = 14
@@ -144,13 +144,15 @@ def draft_cut(model: nn.Module, example_inputs: ExampleInputs, request: Request)
     baseline = Baseline.of(model, graph, scores)
     refused: dict[str, str] = {}
     spared: set[str] = set()
+    known: Attributes = {}
     while True:
         free = {name: values for name, values in scores.items() if name not in refused}
         plan = _spare(_plan(model, graph, free, request, baseline), scores, spared)
-        trial = verify(model, graph, plan, prepare(model, graph, plan))
+        trial = verify(model, graph, plan, prepare(model, graph, plan), known)
         if not trial.refused:
             break
         single = {name for name in trial.refused if len(scores[name]) - len(plan.removed[name]) == 1} - spared
+        known = trial.mended
         spared |= single
         refused.update({name: reason for name, reason in trial.refused.items() if name not in single})
     return Draft(trial.cut, _record(model, graph, plan, trial, request, baseline, refused))

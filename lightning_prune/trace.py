@@ -232,6 +232,13 @@ def _flops(call: Call) -> int:
     return int(formula.__wrapped__(*args, **kwargs, out_shape=out[0] if isinstance(call.out, Tensor) else out))
 
 
+def _is_by_value(call: Call) -> bool:
+    """Tell whether the size of what an operation returns depends on values: indexing does so only with a mask."""
+    if call.op.overloadpacket in (torch.ops.aten.index, torch.ops.aten._unsafe_index):
+        return any(index.dtype in (torch.bool, torch.uint8) for index in call.tensors[1:])
+    return torch.Tag.dynamic_output_shape in call.op.tags or call.op.name() == "torchvision::nms"
+
+
 def _is_float(dtype: torch.dtype | None) -> bool:
     return dtype is None or dtype.is_floating_point or dtype.is_complex
 
@@ -308,8 +315,7 @@ class Tracer(TorchDispatchMode):
         if outputs:
             inputs = tuple([tuple(tensor.shape) for tensor in call.tensors])
             fresh, decisions = tuple(space.allocations[made:]), tuple(space.decisions[decided:])
-            by_value = torch.Tag.dynamic_output_shape in call.op.tags or call.op.name() == "torchvision::nms"
-            step = Step(call.name, inputs, outputs, fresh, decisions, by_value)
+            step = Step(call.name, inputs, outputs, fresh, decisions, _is_by_value(call))
             self.steps.append(step)
             self._watcher.after(step)
 

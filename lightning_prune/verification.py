@@ -18,7 +18,7 @@ from lightning_prune.labels import LabelArray, Labels, LabelSpace
 from lightning_prune.mending import Misfit, mendings, modules_of
 from lightning_prune.tensors import named_tensors
 from lightning_prune.trace import Run, Step, Watcher, run
-from lightning_prune.types import Kept, PruningPlan
+from lightning_prune.types import Attributes, Kept, PruningPlan
 
 log = logging.getLogger(__name__)
 
@@ -29,54 +29,104 @@ class Trial:
 
     Attributes:
         cut: The cut, with all attributes that had to be set for it to work.
+        mended: The attributes among them that no table knows, as far as the trial has come.
         refused: Group name -> in words why its cut would not work.
         macs: The multiply-accumulates of the cut model, for the whole batch; 0 if it does not work.
     """
 
     cut: Cut
+    mended: Attributes = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     macs: int = 0
 
 
-def verify(model: nn.Module, graph: Graph, plan: PruningPlan, cut: Cut) -> Trial:
+def verify(model: nn.Module, graph: Graph, plan: PruningPlan, cut: Cut, known: Attributes | None = None) -> Trial:
     """Run the cut model without changing the real one.
 
     The cut run must be the dense run with the removed positions left out: the same operations, each with the same
     positions in its outputs, in the same order. Where a size that an attribute holds no longer fits, another value
-    is tried. Where a failure concerns no group in particular, each is tried alone.
+    is tried. Where a failure concerns no group in particular, it is the one without which the run gets further.
+
+    Args:
+        model: The model.
+        graph: A reading of it.
+        plan: What goes.
+        cut: What that does to tensors and attributes.
+        known: Attributes that an earlier trial has mended, to begin with.
     """
-    trial = _try_out(model, graph, plan, cut)
-    if not 1 < len(trial.refused) == len(plan.removed):
+    trial, misfit = _try_out(model, graph, plan, cut, known or {})
+    if misfit is None or not 1 < len(trial.refused) == len(plan.removed):
         return trial
-    alone: dict[str, str] = {}
-    for name, indices in plan.removed.items():
-        part = PruningPlan({name: indices})
-        alone |= _try_out(model, graph, part, prepare(model, graph, part)).refused
-    return replace(trial, refused=alone or trial.refused)
+    guilty = _guilty(model, graph, plan, trial, misfit) or _guilty_alone(model, graph, plan)
+    return replace(trial, refused=dict.fromkeys(guilty, misfit.reason) or trial.refused)
 
 
-def _try_out(model: nn.Module, graph: Graph, plan: PruningPlan, cut: Cut) -> Trial:
-    """Run the cut model, mending attributes as long as that brings the run further."""
+def _guilty(model: nn.Module, graph: Graph, plan: PruningPlan, trial: Trial, misfit: Misfit) -> list[str]:
+    """Find, among the groups whose channels were around when it went wrong, one without which the run gets further."""
+    for suspect in misfit.around:
+        rest = PruningPlan({name: indices for name, indices in plan.removed.items() if name != suspect})
+        _, other = _try_out(model, graph, rest, prepare(model, graph, rest), trial.mended, until=misfit.moment)
+        if other is None or other.moment > misfit.moment:
+            return [suspect]
+    return []
+
+
+def _guilty_alone(model: nn.Module, graph: Graph, plan: PruningPlan) -> list[str]:
+    """Try each group alone."""
+    parts = {name: PruningPlan({name: indices}) for name, indices in plan.removed.items()}
+    return [
+        name for name, part in parts.items() if _try_out(model, graph, part, prepare(model, graph, part), {})[0].refused
+    ]
+
+
+def _try_out(
+    model: nn.Module,
+    graph: Graph,
+    plan: PruningPlan,
+    cut: Cut,
+    known: Attributes,
+    until: tuple[int, int] | None = None,
+) -> tuple[Trial, Misfit | None]:
+    """Run the cut model, mending attributes as long as that brings the run further, or as far as is asked for."""
     fate = _Fate(graph, plan)
     labels = _labels_left(graph, cut.kept)
-    outcome = _rehearse(model, graph, fate, cut, labels)
+    attributes: Attributes = {
+        name: {**known.get(name, {}), **cut.attributes.get(name, {})} for name in (*known, *cut.attributes)
+    }
+    outcome = _rehearse(model, graph, fate, replace(cut, attributes=attributes), labels, until)
     while isinstance(outcome, Misfit):
-        for attributes in mendings(model, cut.attributes, outcome):
-            mended = replace(cut, attributes=attributes)
-            next_outcome = _rehearse(model, graph, fate, mended, labels)
+        for mended in mendings(model, attributes, outcome):
+            next_outcome = _rehearse(model, graph, fate, replace(cut, attributes=mended), labels, until)
             if not isinstance(next_outcome, Misfit) or next_outcome.moment > outcome.moment:
-                cut, outcome = mended, next_outcome
+                attributes, outcome = mended, next_outcome
                 break
         else:
-            return Trial(cut, fate.refuse(outcome.involved, outcome.reason))
-    return Trial(cut, macs=outcome)
+            refused = fate.refuse(outcome.involved, outcome.reason)
+            return Trial(cut, _beside(attributes, cut.attributes), refused), outcome
+    return Trial(replace(cut, attributes=attributes), _beside(attributes, cut.attributes), macs=outcome), None
 
 
-def _rehearse(model: nn.Module, graph: Graph, fate: _Fate, cut: Cut, labels: dict[str, Labels]) -> Misfit | int:
+def _beside(attributes: Attributes, known: Attributes) -> Attributes:
+    """Leave out what is known already."""
+    left = {
+        name: {key: value for key, value in values.items() if key not in known.get(name, {})}
+        for name, values in attributes.items()
+    }
+    return {name: values for name, values in left.items() if values}
+
+
+def _rehearse(
+    model: nn.Module,
+    graph: Graph,
+    fate: _Fate,
+    cut: Cut,
+    labels: dict[str, Labels],
+    until: tuple[int, int] | None,
+) -> Misfit | int:
     """Run the cut model in all settings; return its multiply-accumulates in the first, or where it went wrong."""
     macs: list[int] = []
     for place, (setting, dense) in enumerate(graph.runs.items()):
-        comparison = _Comparison(fate, dense)
+        comparison = _Comparison(fate, dense, until[1] if until is not None and until[0] == place else None)
         flow = comparison.flow
         tensors = {**named_tensors(model), **standins(model, cut, real=setting.substrate != "meta")}
         try:
@@ -84,6 +134,8 @@ def _rehearse(model: nn.Module, graph: Graph, fate: _Fate, cut: Cut, labels: dic
                 warnings.filterwarnings("error", message="input's size at dim=.* does not match num_features")
                 after = run(model, graph.inputs, setting, flow, tensors, labels, cut.attributes, comparison)
             comparison.close(after)
+        except _FarEnoughError:
+            return 0
         except _MovedError as moved:
             involved = [part for _, parts in moved.step.outputs for part in parts]
             reason = f"the cut would move its channels in {moved.step.name}"
@@ -98,6 +150,10 @@ def _rehearse(model: nn.Module, graph: Graph, fate: _Fate, cut: Cut, labels: dic
     return macs[0]
 
 
+class _FarEnoughError(Exception):
+    """The run has come as far as was asked for."""
+
+
 class _MovedError(Exception):
     """A position is not where it should be after this step."""
 
@@ -105,6 +161,9 @@ class _MovedError(Exception):
         super().__init__(step.name)
         self.step = step
 
+
+_AROUND = 60
+"""So many steps before it went wrong are looked at for the cause."""
 
 _SAME_PLACE = {"aten.clone.default", "aten.alias.default", "aten.detach.default", "aten.contiguous.default"}
 _VIEWS = {"aten._unsafe_view.default", "aten._reshape_alias.default", "aten.reshape.default", "aten.view.default"}
@@ -126,10 +185,11 @@ class _Comparison(Watcher):
     Args:
         fate: Who goes.
         dense: The dense run.
+        until: The step after which no more is asked.
     """
 
-    def __init__(self, fate: _Fate, dense: Run) -> None:
-        self._fate, self._dense = fate, dense
+    def __init__(self, fate: _Fate, dense: Run, until: int | None) -> None:
+        self._fate, self._dense, self._until = fate, dense, until
         self._steps = _telling(dense.steps)
         self._next = 0
         self._blind = False
@@ -149,6 +209,8 @@ class _Comparison(Watcher):
         dense = self._step()
         if dense is None or not self._fate.agrees(dense, step):
             raise _MovedError(dense or step)
+        if self._next == self._until:
+            raise _FarEnoughError
         self._next += 1
         self._blind = step.by_value
 
@@ -164,9 +226,10 @@ class _Comparison(Watcher):
         self, setting: int, involved: list[LabelArray | None], reason: str, modules: dict[str, nn.Module]
     ) -> Misfit:
         """Tell where the run went wrong, and which sizes are new there."""
-        near = self._steps[max(self._next - 1, 0) : self._next + 1]
-        sizes = [pair for step in reversed(near) for pair in self._fate.sizes(step)]
-        return Misfit((setting, self._next), involved, reason, modules, sizes)
+        before = self._steps[max(self._next - _AROUND, 0) : self._next + 1][::-1]
+        sizes = [pair for step in before[:2] for pair in self._fate.sizes(step)]
+        around = self._fate.owners(labels for step in before for _, parts in step.outputs for labels in parts)
+        return Misfit((setting, self._next), involved, reason, modules, sizes, around)
 
     def _step(self) -> Step | None:
         return self._steps[self._next] if self._next < len(self._steps) else None
@@ -247,10 +310,16 @@ class _Fate:
 
     def refuse(self, involved: Iterable[LabelArray | None], reason: str) -> dict[str, str]:
         """Return the planned groups that labels belong to, or all of the plan where those tell nothing."""
-        known = [labels[labels < self.count] for labels in involved if labels is not None]
-        owners = np.unique(self._owner[np.concatenate(known)]).tolist() if known else []
-        names = [self._names[owner] for owner in owners if owner >= 0]
-        return dict.fromkeys(names or self._names, reason)
+        return dict.fromkeys(self.owners(involved) or self._names, reason)
+
+    def owners(self, dimensions: Iterable[LabelArray | None]) -> list[str]:
+        """Return the planned groups that labels belong to, in order."""
+        names: dict[str, None] = {}
+        for labels in dimensions:
+            if labels is not None:
+                owners = np.unique(self._owner[labels[labels < self.count]]).tolist()
+                names.update(dict.fromkeys(self._names[owner] for owner in owners if owner >= 0))
+        return list(names)
 
 
 class _Retold(LabelSpace):
