@@ -9,12 +9,14 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.fate import Fate
 from lightning_prune.flow import Flow
+from lightning_prune.graph import Graph
 from lightning_prune.inputs import Inputs, tensors_in
 from lightning_prune.labels import LabelSpace
 from lightning_prune.tensors import named_tensors
 from lightning_prune.trace import SUBSTRATES, Setting, run
-from lightning_prune.types import Attributes
+from lightning_prune.types import Attributes, PruningPlan
 
 
 def count_params(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> int:
@@ -55,6 +57,14 @@ def count_macs(
         else:
             break
     return per_example(done.macs, inputs)
+
+
+def planned_macs(graph: Graph, plan: PruningPlan) -> int:
+    """Count the multiply-accumulates per example that a plan leaves, from the shapes that it leaves of every step."""
+    fate = Fate(graph, plan)
+    steps = next(iter(graph.runs.values())).steps
+    flops = sum(step.work.flops(fate.shape_left) for step in steps if step.work)
+    return per_example(flops // 2, graph.inputs)
 
 
 def per_example(macs: int, inputs: Inputs) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_prune.errors import TraceError
 from lightning_prune.flow import Flow
@@ -94,6 +95,7 @@ def find_groups(
 
 def read(model: nn.Module, example_inputs: ExampleInputs, ignore: Sequence[str] = (), heads: Heads = "whole") -> Graph:
     """Find the channel groups and keep what is needed to verify a cut; see `find_groups`."""
+    _check_model(model)
     model = unwrapped(model)
     check_heads(heads)
     ignored = ignored_tensors(model, ignore)
@@ -116,7 +118,23 @@ def read(model: nn.Module, example_inputs: ExampleInputs, ignore: Sequence[str] 
     return Graph(ChannelGroups(_groups(flow, index)), inputs, index.labels, flow.space.roots(), runs)
 
 
-def ignored_tensors(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:
+def _check_model(model: object) -> None:
+    """Refuse what cannot be read.
+
+    Raises:
+        TypeError: It is no module, or a compiled script.
+        TraceError: It has lazy layers that have not seen an input yet.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` is a torch.nn.Module; got {type(model).__name__}.")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise TypeError("`model` holds a ScriptModule, which cannot be cut; pass the module that it was made from.")
+    lazy = [name for name, tensor in model.named_parameters() if isinstance(tensor, UninitializedParameter)]
+    if lazy:
+        raise TraceError(f"{lazy[0]} has no shape yet: run a lazy model once before it is read.")
+
+
+def ignored_tensors(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, str]:
     """Return tensor name -> the pattern that protects it.
 
     Raises:
@@ -125,6 +143,8 @@ def ignored_tensors(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]
     """
     if isinstance(patterns, str):
         raise TypeError(f"`ignore` is a sequence of patterns; got the string {patterns!r}: put it in a list.")
+    if patterns is None or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"`ignore` is a sequence of patterns of module names, such as ['head*']; got {patterns!r}.")
     modules = dict(model.named_modules())
     protected: dict[str, str] = {}
     for pattern in patterns:

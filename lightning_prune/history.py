@@ -33,9 +33,9 @@ def history_of(model: nn.Module) -> tuple[PruneRecord, ...]:
     return records
 
 
-def append(model: nn.Module, record: PruneRecord) -> None:
-    """Add a cut that happened to the model's history."""
-    unwrapped(model).__dict__[_ATTRIBUTE] = (*history_of(model), record)
+def commit(model: nn.Module, cut: Cut, record: PruneRecord) -> None:
+    """Do a cut and add its record to the model's history: both, or neither."""
+    apply(unwrapped(model), cut, {_ATTRIBUTE: (*history_of(model), record)})
 
 
 def to_plain(records: Sequence[PruneRecord]) -> list[dict[str, Any]]:
@@ -96,6 +96,7 @@ def replay(model: nn.Module, records: Sequence[PruneRecord]) -> None:
     Raises:
         HistoryError: The model has other layers, or has been through other cuts.
     """
+    model = unwrapped(model)
     done = history_of(model)
     if tuple(records[: len(done)]) != done:
         raise HistoryError(
@@ -108,8 +109,7 @@ def replay(model: nn.Module, records: Sequence[PruneRecord]) -> None:
             name: {dim: torch.tensor(positions) for dim, positions in dims.items()}
             for name, dims in record.kept.items()
         }
-        apply(model, Cut(record.shapes, kept, record.attributes))
-        append(model, record)
+        commit(model, Cut(record.shapes, kept, record.attributes), record)
 
 
 def _fit(model: nn.Module, record: PruneRecord) -> None:
@@ -143,7 +143,7 @@ def save_pruned(model: nn.Module, path: str | os.PathLike[str]) -> None:
     target = Path(path)
     unfinished = target.with_name(f"{target.name}.unfinished")
     try:
-        torch.save({"state_dict": model.state_dict(), KEY: to_plain(history_of(model))}, unfinished)
+        torch.save({"state_dict": unwrapped(model).state_dict(), KEY: to_plain(history_of(model))}, unfinished)
         unfinished.replace(target)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -181,7 +181,7 @@ def load_pruned(model: Model, path: str | os.PathLike[str]) -> Model:
         ) from error
     replay(model, from_plain(plain))
     try:
-        model.load_state_dict(state)
+        unwrapped(model).load_state_dict(state)
     except (RuntimeError, TypeError) as error:
         raise HistoryError(f"The weights of {path} do not fit the model: {error}") from error
     return model

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from copy import copy
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -25,7 +26,16 @@ class Inputs:
         """Return the same inputs with each tensor changed."""
 
         def leaf(value: Any) -> Any:
-            return change(value) if isinstance(value, Tensor) else value
+            if isinstance(value, Tensor):
+                return change(value)
+            if isinstance(value, MutableMapping):
+                return _with(value, {key: tree_map(leaf, item) for key, item in value.items()})
+            if is_dataclass(value) and not isinstance(value, type):
+                twin = copy(value)
+                for key, item in vars(value).items():
+                    object.__setattr__(twin, key, tree_map(leaf, item))
+                return twin
+            return value
 
         return Inputs(tree_map(leaf, self.args), tree_map(leaf, dict(self.kwargs)))
 
@@ -46,6 +56,13 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
     elif hasattr(value, "__dataclass_fields__"):
         yield from tensors_in(vars(value))
+
+
+def _with(mapping: MutableMapping[Any, Any], items: Mapping[Any, Any]) -> MutableMapping[Any, Any]:
+    """Return a copy of a mapping of its own class, with other values."""
+    twin = copy(mapping)
+    twin.update(items)
+    return twin
 
 
 def flat_tensors(values: Iterable[Any]) -> list[Tensor]:

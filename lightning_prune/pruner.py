@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from lightning_prune import history
 from lightning_prune.allocation import Allocation, Limits, Uniform, allocate
-from lightning_prune.cost import count_macs, count_params, per_example
+from lightning_prune.cost import count_params, per_example, planned_macs
 from lightning_prune.criteria import Criterion, Magnitude, score_groups
 from lightning_prune.cut import Cut, cut_shapes, prepare
 from lightning_prune.graph import Graph, read
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.rectangles import check_heads
-from lightning_prune.surgery import apply
 from lightning_prune.tensors import unwrapped
 from lightning_prune.types import UNITS, Attributes, Change, Heads, PruneRecord, PruningPlan, Unit
 from lightning_prune.verification import Trial, verify
@@ -110,8 +109,7 @@ def prune(
     limits = Limits(min_channels, round_to)
     request = Request(pruning_ratio, of, criterion or Magnitude(), allocation or Uniform(), ignore, heads, limits)
     draft = draft_cut(model, example_inputs, request)
-    apply(model, draft.cut)
-    history.append(model, draft.record)
+    history.commit(model, draft.cut, draft.record)
     return draft.record
 
 
@@ -206,11 +204,10 @@ def _plan(
         return allocate(scores, ratio, request.allocation, request.limits, baseline.channels)
 
     def reached(plan: PruningPlan) -> float:
-        cut = prepare(model, graph, plan)
-        standins = cut_shapes(model, cut.kept)
         if request.of == "params":
-            return 1 - count_params(model, standins) / baseline.params
-        return 1 - count_macs(model, graph.inputs, standins, cut.attributes) / max(baseline.macs, 1)
+            cut = prepare(model, graph, plan)
+            return 1 - count_params(model, cut_shapes(model, cut.kept)) / baseline.params
+        return 1 - planned_macs(graph, plan) / max(baseline.macs, 1)
 
     if request.of == "channels" or request.pruning_ratio == 0:
         return plan_for(request.pruning_ratio)

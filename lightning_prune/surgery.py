@@ -42,15 +42,21 @@ def remove(model: nn.Module, graph: Graph, plan: PruningPlan) -> Cut:
     return trial.cut
 
 
-def apply(model: nn.Module, cut: Cut) -> None:
-    """Make all new tensors, then put them in their places; if anything fails, everything is what it was."""
+def apply(model: nn.Module, cut: Cut, notes: Mapping[str, object] | None = None) -> None:
+    """Make all new tensors, then put them in their places; if anything fails, everything is what it was.
+
+    Args:
+        model: The model, changed in place.
+        cut: What is done.
+        notes: Entries of the model's `__dict__` that are set together with the cut.
+    """
     tensors = {name: tensor for name, tensor in named_tensors(model).items() if name in cut.kept}
     with torch.inference_mode(False), torch.no_grad():
         smaller = {name: cut_tensor(tensor, cut.kept[name]) for name, tensor in tensors.items()}
         gradients = {
             name: cut_tensor(tensor.grad, cut.kept[name]) for name, tensor in tensors.items() if tensor.grad is not None
         }
-        _put_in_place(model, tensors, smaller, gradients, cut.attributes)
+        _put_in_place(model, tensors, smaller, gradients, cut.attributes, notes or {})
 
 
 def _put_in_place(
@@ -59,8 +65,10 @@ def _put_in_place(
     smaller: Mapping[str, Tensor],
     gradients: Mapping[str, Tensor],
     attributes: Attributes,
+    notes: Mapping[str, object],
 ) -> None:
     modules = dict(model.named_modules())
+    own = dict(model.__dict__)
     before = {name: (tensor.data, tensor.grad) for name, tensor in tensors.items()}
     sizes = {name: {key: getattr(modules[name], key) for key in values} for name, values in attributes.items()}
     try:
@@ -68,11 +76,15 @@ def _put_in_place(
             _exchange(tensors[name], data, gradients.get(name))
         for name, values in attributes.items():
             set_attributes(modules[name], values)
+        model.__dict__.update(notes)
     except BaseException:
         for name, (data, gradient) in before.items():
             _exchange(tensors[name], data, gradient)
         for name, values in sizes.items():
             modules[name].__dict__.update(values)
+        for key in notes:
+            model.__dict__.pop(key, None)
+        model.__dict__.update({key: own[key] for key in notes if key in own})
         raise
 
 

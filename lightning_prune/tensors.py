@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -92,10 +93,11 @@ def swapped(
         for part in (module.__dict__, module._parameters, module._buffers, module._modules)
     ]
     containers = [
-        (value, value.copy())
+        pair
         for module in modules.values()
         for name, value in module.__dict__.items()
-        if type(value) in (list, dict, set) and not name.startswith("_")
+        if name not in _OF_EVERY_MODULE and isinstance(value, _CONTAINERS)
+        for pair in _contents(value)
     ]
     try:
         for module in modules.values():
@@ -110,7 +112,19 @@ def swapped(
             part.update(content)
         for value, content in containers:
             value.clear()
-            value.extend(content) if isinstance(value, list) else value.update(content)
+            value.extend(content) if isinstance(value, (list, deque)) else value.update(content)
+
+
+_CONTAINERS = (list, dict, set, deque)
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+
+
+def _contents(container: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield a container, and all that it holds, each with a copy of what is in it."""
+    yield container, container.copy()
+    for item in list(container.values() if isinstance(container, dict) else container):
+        if isinstance(item, _CONTAINERS):
+            yield from _contents(item)
 
 
 def _swap(module: nn.Module, own: Mapping[int, Tensor]) -> None:

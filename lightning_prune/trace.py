@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -51,6 +51,39 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True)
+class Work:
+    """What an operation costs, by a formula of `torch.utils.flop_counter`, which takes shapes.
+
+    Attributes:
+        formula: Takes the operation's arguments, with shapes for tensors, and the output's shape as `out_shape`.
+        args: The arguments; for a tensor its shape and its labels.
+        out: The shape and the labels of what it returns.
+    """
+
+    formula: Callable[..., int]
+    args: tuple[Any, ...]
+    out: tuple[tuple[int, ...], Labels]
+
+    def flops(self, shape_of: Callable[[tuple[int, ...], Labels], tuple[int, ...]] | None = None) -> int:
+        """Count floating point operations, for other shapes if these are given."""
+
+        def shaped(value: Any) -> Any:
+            if not isinstance(value, _Sized):
+                return value
+            return value.shape if shape_of is None else shape_of(value.shape, value.labels)
+
+        out = self.out[0] if shape_of is None else shape_of(*self.out)
+        return int(self.formula(*map(shaped, self.args), out_shape=out))
+
+
+class _Sized(NamedTuple):
+    """What is left of a tensor in a step's work."""
+
+    shape: tuple[int, ...]
+    labels: Labels
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """One operation of a run.
 
@@ -60,6 +93,7 @@ class Step:
         outputs: The shape and the labels of each tensor that it returned.
         fresh: The first label and the number of those that were made here, for each time that some were.
         decisions: What was decided here.
+        work: What it costs, if that is more than nothing.
         by_value: Whether the size of the outputs depends on values, as in a search for the best boxes.
     """
 
@@ -68,6 +102,7 @@ class Step:
     outputs: tuple[tuple[tuple[int, ...], Labels], ...]
     fresh: tuple[tuple[int, int], ...] = ()
     decisions: tuple[tuple[int, ...], ...] = ()
+    work: Work | None = None
     by_value: bool = False
 
 
@@ -79,13 +114,16 @@ class Run:
         steps: The operations in order.
         outputs: The shapes of the tensors that the model returned.
         unread: The names of the tensors that no operation has read.
-        macs: The multiply-accumulates, for the whole batch.
     """
 
     steps: list[Step]
     outputs: list[tuple[int, ...]]
     unread: set[str]
-    macs: int
+
+    @property
+    def macs(self) -> int:
+        """The multiply-accumulates, for the whole batch."""
+        return sum(step.work.flops() for step in self.steps if step.work) // 2
 
 
 class Watcher:
@@ -148,7 +186,7 @@ def run(
         flow.read_taint(output)
         flow.freeze_tensor(output, "reaches the model's output")
     shapes = [tuple(output.shape) for output in outputs]
-    return Run(tracer.steps, shapes, set(tracer.unread.values()), tracer.flops // 2)
+    return Run(tracer.steps, shapes, set(tracer.unread.values()))
 
 
 def _shapes(call: Call, dense: Step) -> dict[int, tuple[int, ...]]:
@@ -221,15 +259,15 @@ _MAKE_LABELS = (factories.uniform, movement.expand, movement.repeat)
 """Handlers that have something to say about tensors without labels too."""
 
 
-def _flops(call: Call) -> int:
-    """Count floating point operations by the formulas of `torch.utils.flop_counter`, which take shapes."""
+def _work(flow: Flow, call: Call) -> Work | None:
+    """Note what an operation costs."""
     formula = flop_registry.get(call.op.overloadpacket)
-    if formula is None:
-        return 0
-    args = [value.shape if isinstance(value, Tensor) else value for value in call.args]
-    kwargs = {key: value.shape if isinstance(value, Tensor) else value for key, value in call.kwargs.items()}
-    out = [part.shape for part in flat_tensors((call.out,))]
-    return int(formula.__wrapped__(*args, **kwargs, out_shape=out[0] if isinstance(call.out, Tensor) else out))
+    if formula is None or not isinstance(call.out, Tensor):
+        return None
+    args = tuple(
+        _Sized(tuple(value.shape), flow.of(value)) if isinstance(value, Tensor) else value for value in call.args
+    )
+    return Work(formula.__wrapped__, args, (tuple(call.out.shape), flow.of(call.out)))
 
 
 def _is_by_value(call: Call) -> bool:
@@ -255,7 +293,6 @@ class Tracer(TorchDispatchMode):
     Attributes:
         steps: The operations so far.
         unread: id -> name of the tensors of the model that no operation has read yet.
-        flops: Floating point operations so far, as `torch.utils.flop_counter` counts them.
     """
 
     def __init__(self, flow: Flow, standins: Mapping[str, Tensor], watcher: Watcher, *, meta: bool) -> None:
@@ -263,7 +300,6 @@ class Tracer(TorchDispatchMode):
         self._flow, self._watcher, self._meta = flow, watcher, meta
         self.steps: list[Step] = []
         self.unread = {id(tensor): name for name, tensor in standins.items()}
-        self.flops = 0
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -277,7 +313,6 @@ class Tracer(TorchDispatchMode):
         if dense is not None:
             self._flow.told = _shapes(call, dense)
         self._explain(call)
-        self.flops += _flops(call)
         return call.out
 
     def _called(self, func: OpOverload, args: tuple[Any, ...], given: Mapping[str, Any]) -> Call:
@@ -315,7 +350,7 @@ class Tracer(TorchDispatchMode):
         if outputs:
             inputs = tuple([tuple(tensor.shape) for tensor in call.tensors])
             fresh, decisions = tuple(space.allocations[made:]), tuple(space.decisions[decided:])
-            step = Step(call.name, inputs, outputs, fresh, decisions, _is_by_value(call))
+            step = Step(call.name, inputs, outputs, fresh, decisions, _work(self._flow, call), _is_by_value(call))
             self.steps.append(step)
             self._watcher.after(step)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import nn
 
 from lightning_prune.cut import Cut, prepare, standins
+from lightning_prune.fate import Fate
 from lightning_prune.flow import Flow
 from lightning_prune.graph import Graph
 from lightning_prune.inputs import tensors_in
@@ -88,7 +89,7 @@ def _try_out(
     until: tuple[int, int] | None = None,
 ) -> tuple[Trial, Misfit | None]:
     """Run the cut model, mending attributes as long as that brings the run further, or as far as is asked for."""
-    fate = _Fate(graph, plan)
+    fate = Fate(graph, plan)
     labels = _labels_left(graph, cut.kept)
     attributes: Attributes = {
         name: {**known.get(name, {}), **cut.attributes.get(name, {})} for name in (*known, *cut.attributes)
@@ -118,7 +119,7 @@ def _beside(attributes: Attributes, known: Attributes) -> Attributes:
 def _rehearse(
     model: nn.Module,
     graph: Graph,
-    fate: _Fate,
+    fate: Fate,
     cut: Cut,
     labels: dict[str, Labels],
     until: tuple[int, int] | None,
@@ -166,17 +167,11 @@ _AROUND = 60
 """So many steps before it went wrong are looked at for the cause."""
 
 _SAME_PLACE = {"aten.clone.default", "aten.alias.default", "aten.detach.default", "aten.contiguous.default"}
-_VIEWS = {"aten._unsafe_view.default", "aten._reshape_alias.default", "aten.reshape.default", "aten.view.default"}
 
 
 def _telling(steps: Iterable[Step]) -> list[Step]:
     """Leave out copies, which depend on strides."""
     return [step for step in steps if step.name not in _SAME_PLACE]
-
-
-def _one_name(name: str) -> str:
-    """Call all views the same."""
-    return "aten.view.default" if name in _VIEWS else name
 
 
 class _Comparison(Watcher):
@@ -188,7 +183,7 @@ class _Comparison(Watcher):
         until: The step after which no more is asked.
     """
 
-    def __init__(self, fate: _Fate, dense: Run, until: int | None) -> None:
+    def __init__(self, fate: Fate, dense: Run, until: int | None) -> None:
         self._fate, self._dense, self._until = fate, dense, until
         self._steps = _telling(dense.steps)
         self._next = 0
@@ -246,82 +241,6 @@ def _labels_left(graph: Graph, kept: Kept) -> dict[str, Labels]:
     }
 
 
-class _Fate:
-    """Who goes and who stays, told by label.
-
-    Args:
-        graph: A reading of the model.
-        plan: What goes.
-    """
-
-    def __init__(self, graph: Graph, plan: PruningPlan) -> None:
-        self.count = len(graph.roots)
-        self._names = list(plan.removed)
-        self._owner = np.full(self.count, -1)
-        goes = np.zeros(self.count, dtype=bool)
-        groups = {group.name: group for group in graph.groups}
-        for number, (name, indices) in enumerate(plan.removed.items()):
-            first = groups[name].members[0]
-            place = graph.labels[first.tensor][first.dim]
-            assert place is not None
-            roots = graph.roots[place[first.positions[:, 0].numpy()]]
-            goes[roots[indices.numpy()]] = True
-            self._owner[roots] = number
-        self._owner = self._owner[graph.roots]
-        self._stays = ~goes[graph.roots]
-
-    def left(self, labels: LabelArray) -> LabelArray:
-        """Leave out the labels that go."""
-        return labels[self._stays[labels]]
-
-    def agrees(self, old: Step, new: Step) -> bool:
-        """Tell whether a step after the cut is the old one with the removed positions left out."""
-        return (
-            _one_name(old.name) == _one_name(new.name)
-            and len(old.outputs) == len(new.outputs)
-            and all(
-                len(shape) == len(shape_now) and all(map(self._same, shape, labels, shape_now, labels_now))
-                for (shape, labels), (shape_now, labels_now) in zip(old.outputs, new.outputs, strict=True)
-            )
-        )
-
-    def _same(self, size: int, labels: LabelArray | None, size_now: int, labels_now: LabelArray | None) -> bool:
-        """Compare one dimension, position by position."""
-        if labels is None:
-            return size == size_now
-        expected = self.left(labels)
-        if labels_now is None or len(expected) != size_now:
-            return len(expected) == size_now == 1
-        return bool((expected == labels_now).all())
-
-    def sizes(self, step: Step) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Yield the sizes in a step that change: before and after, of one dimension in all outputs, or of a factor."""
-        for dim in range(max((len(labels) for _, labels in step.outputs), default=0)):
-            parts = [labels[dim] for _, labels in step.outputs if dim < len(labels)]
-            if all(part is not None for part in parts):
-                old = tuple(len(part) for part in parts if part is not None)
-                new = tuple(len(self.left(part)) for part in parts if part is not None)
-                if old != new:
-                    yield old, new
-        for start, count in step.fresh:
-            left = len(self.left(np.arange(start, start + count)))
-            if left != count:
-                yield (count,), (left,)
-
-    def refuse(self, involved: Iterable[LabelArray | None], reason: str) -> dict[str, str]:
-        """Return the planned groups that labels belong to, or all of the plan where those tell nothing."""
-        return dict.fromkeys(self.owners(involved) or self._names, reason)
-
-    def owners(self, dimensions: Iterable[LabelArray | None]) -> list[str]:
-        """Return the planned groups that labels belong to, in order."""
-        names: dict[str, None] = {}
-        for labels in dimensions:
-            if labels is not None:
-                owners = np.unique(self._owner[labels[labels < self.count]]).tolist()
-                names.update(dict.fromkeys(self._names[owner] for owner in owners if owner >= 0))
-        return list(names)
-
-
 class _Retold(LabelSpace):
     """Makes the labels that the dense run made at the same place, without those that go.
 
@@ -329,7 +248,7 @@ class _Retold(LabelSpace):
         fate: Who goes.
     """
 
-    def __init__(self, fate: _Fate) -> None:
+    def __init__(self, fate: Fate) -> None:
         super().__init__(fate.count)
         self._fate = fate
         self._told: list[tuple[int, int]] = []

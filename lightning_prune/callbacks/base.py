@@ -25,7 +25,6 @@ from lightning_prune.inputs import ExampleInputs
 from lightning_prune.pruner import Draft, Request, draft_cut
 from lightning_prune.report import history_table, record_table
 from lightning_prune.schedules import Schedule, events, one_shot
-from lightning_prune.surgery import apply
 from lightning_prune.types import Heads, PruneRecord, Unit
 
 
@@ -183,8 +182,7 @@ class PruneCallback(pl.Callback):
         every = [unwrapped(optimizer) for optimizer in trainer.optimizers]
         optimizers.check(every, pl_module)
         for network in (pl_module, *averaged_copies(trainer)):
-            apply(network, draft.cut)
-            history.append(network, record)
+            history.commit(network, draft.cut, record)
         for optimizer in every:
             optimizers.rebuild(optimizer, pl_module, draft.cut)
         optimizers.check(every, pl_module)

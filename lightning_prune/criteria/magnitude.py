@@ -54,6 +54,8 @@ class Magnitude(Criterion):
         """Return the norms; None where no parameter belongs to the group."""
         tensors = self._tensors or named_tensors(model)
         owned = [(tensors[member.tensor], member) for member in group.members]
+        if any(tensor.is_meta for tensor, _ in owned):
+            return torch.empty(group.size, device="meta")
         powers = [
             gather(self._along(tensor, member), member) for tensor, member in owned if isinstance(tensor, nn.Parameter)
         ]
@@ -76,6 +78,7 @@ class Magnitude(Criterion):
     def _summed(self, tensor: Tensor, dim: int) -> Tensor:
         """Sum |w|^p over all other dimensions, in float32 at least."""
         weight = tensor.detach()
+        weight = weight.abs() if weight.is_complex() else weight
         if not weight.is_floating_point() or weight.dtype.itemsize < 4:
             weight = weight.float()
         size, outer = weight.shape[dim], prod(weight.shape[:dim])

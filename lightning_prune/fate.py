@@ -1,0 +1,102 @@
+"""Who goes and who stays, told by label."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from lightning_prune.graph import Graph
+from lightning_prune.labels import LabelArray, Labels
+from lightning_prune.trace import Step
+from lightning_prune.types import PruningPlan
+
+_VIEWS = {"aten._unsafe_view.default", "aten._reshape_alias.default", "aten.reshape.default", "aten.view.default"}
+
+
+def _one_name(name: str) -> str:
+    """Call all views the same."""
+    return "aten.view.default" if name in _VIEWS else name
+
+
+class Fate:
+    """Who goes and who stays, told by label.
+
+    Args:
+        graph: A reading of the model.
+        plan: What goes.
+    """
+
+    def __init__(self, graph: Graph, plan: PruningPlan) -> None:
+        self.count = len(graph.roots)
+        self._names = list(plan.removed)
+        self._owner = np.full(self.count, -1)
+        goes = np.zeros(self.count, dtype=bool)
+        groups = {group.name: group for group in graph.groups}
+        for number, (name, indices) in enumerate(plan.removed.items()):
+            first = groups[name].members[0]
+            place = graph.labels[first.tensor][first.dim]
+            assert place is not None
+            roots = graph.roots[place[first.positions[:, 0].numpy()]]
+            goes[roots[indices.numpy()]] = True
+            self._owner[roots] = number
+        self._owner = self._owner[graph.roots]
+        self._stays = ~goes[graph.roots]
+
+    def shape_left(self, shape: Sequence[int], labels: Labels) -> tuple[int, ...]:
+        """Return what is left of a shape."""
+        return tuple(
+            size if part is None or part.size != size else len(self.left(part))
+            for size, part in zip(shape, labels, strict=True)
+        )
+
+    def left(self, labels: LabelArray) -> LabelArray:
+        """Leave out the labels that go."""
+        return labels[self._stays[labels]]
+
+    def agrees(self, old: Step, new: Step) -> bool:
+        """Tell whether a step after the cut is the old one with the removed positions left out."""
+        return (
+            _one_name(old.name) == _one_name(new.name)
+            and len(old.outputs) == len(new.outputs)
+            and all(
+                len(shape) == len(shape_now) and all(map(self._same, shape, labels, shape_now, labels_now))
+                for (shape, labels), (shape_now, labels_now) in zip(old.outputs, new.outputs, strict=True)
+            )
+        )
+
+    def _same(self, size: int, labels: LabelArray | None, size_now: int, labels_now: LabelArray | None) -> bool:
+        """Compare one dimension, position by position."""
+        if labels is None:
+            return size == size_now
+        expected = self.left(labels)
+        if labels_now is None or len(expected) != size_now:
+            return len(expected) == size_now == 1
+        return bool((expected == labels_now).all())
+
+    def sizes(self, step: Step) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Yield the sizes in a step that change: before and after, of one dimension in all outputs, or of a factor."""
+        for dim in range(max((len(labels) for _, labels in step.outputs), default=0)):
+            parts = [labels[dim] for _, labels in step.outputs if dim < len(labels)]
+            if all(part is not None for part in parts):
+                old = tuple(len(part) for part in parts if part is not None)
+                new = tuple(len(self.left(part)) for part in parts if part is not None)
+                if old != new:
+                    yield old, new
+        for start, count in step.fresh:
+            left = len(self.left(np.arange(start, start + count)))
+            if left != count:
+                yield (count,), (left,)
+
+    def refuse(self, involved: Iterable[LabelArray | None], reason: str) -> dict[str, str]:
+        """Return the planned groups that labels belong to, or all of the plan where those tell nothing."""
+        return dict.fromkeys(self.owners(involved) or self._names, reason)
+
+    def owners(self, dimensions: Iterable[LabelArray | None]) -> list[str]:
+        """Return the planned groups that labels belong to, in order."""
+        names: dict[str, None] = {}
+        for labels in dimensions:
+            if labels is not None:
+                owners = np.unique(self._owner[labels[labels < self.count]]).tolist()
+                names.update(dict.fromkeys(self._names[owner] for owner in owners if owner >= 0))
+        return list(names)
