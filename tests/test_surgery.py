@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from proof import Net, outputs, randomise, relative_error, same_state, snapshot
 from torch import Tensor, nn
 
-from lightning_prune import PruneRecord, find_groups, history_of, prune, pruner, surgery
+from lightning_prune import PruneRecord, find_groups, history, history_of, prune, pruner, surgery
 from lightning_prune.errors import PruningError, ScoreError, SurgeryError
 from lightning_prune.graph import read
 from lightning_prune.sizes import stale_sizes
@@ -184,7 +184,7 @@ class TestSabotage:
         ],
     )
     def test_checks_fail(self, check: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(pruner, "apply", lambda model, cut: None)
+        monkeypatch.setattr(history, "apply", lambda model, cut, notes: model.__dict__.update(notes))
         with pytest.raises((AssertionError, RuntimeError)):
             check()
 
@@ -243,14 +243,14 @@ class TestTransaction:
             surgery.apply(net, wrong)
         assert same_state(snapshot(net), before)
 
-    @pytest.mark.parametrize("place", ["verify", "prepare", "apply"])
+    @pytest.mark.parametrize("place", ["verify", "prepare", "history.commit"])
     def test_a_fault_in_a_step_leaves_everything(self, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
         def faulty(*arguments: object) -> object:
             raise FaultError
 
         net = images()
         before = snapshot(net)
-        monkeypatch.setattr(pruner, place, faulty)
+        monkeypatch.setattr(f"lightning_prune.pruner.{place}", faulty)
         with pytest.raises(FaultError):
             prune(net, X, pruning_ratio=0.5)
         assert same_state(snapshot(net), before)
