@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from lightning_prune.cut import Cut
 from lightning_prune.labels import LabelArray
+from lightning_prune.tensors import named_modules
 from lightning_prune.types import Attributes
 
 Sizes = tuple[tuple[int, ...], tuple[int, ...]]
@@ -53,14 +55,16 @@ def modules_of(model: nn.Module, error: BaseException) -> dict[str, nn.Module]:
     return found
 
 
-def mendings(model: nn.Module, attributes: Attributes, misfit: Misfit) -> Iterator[Attributes]:
+def mendings(model: nn.Module, cut: Cut, attributes: Attributes, misfit: Misfit) -> Iterator[Attributes]:
     """Yield settings of the attributes that may bring the trial further, the likeliest first.
 
     An attribute is a candidate if its module was at work and it holds a size that is no longer so. Modules of the
-    same class usually need the same change, so that it is tried on all of them first, then on the one alone.
+    same class whose tensors are cut to the same shapes need the same change, so that it is tried on all of them
+    first, then on the one alone.
 
     Args:
         model: The model.
+        cut: What is done to its tensors.
         attributes: What is set already.
         misfit: Where the trial went wrong with it.
     """
@@ -72,7 +76,12 @@ def mendings(model: nn.Module, attributes: Attributes, misfit: Misfit) -> Iterat
             if attributes.get(name, {}).get(attribute, value) != new and not attribute.startswith("_")
         ]
         for attribute, new in fitting:
-            alike = _alike(model, module, attribute, attributes)
+            alike = [
+                other
+                for other in _alike(model, cut, name)
+                if _equal(model.get_submodule(other).__dict__.get(attribute), module.__dict__[attribute])
+                and attribute not in attributes.get(other, {})
+            ]
             if len(alike) > 1:
                 yield _set(attributes, attribute, dict.fromkeys([*alike, name], new))
             yield _set(attributes, attribute, {name: new})
@@ -83,16 +92,23 @@ def mendings(model: nn.Module, attributes: Attributes, misfit: Misfit) -> Iterat
             yield _unset(attributes, name, attribute)
 
 
-def _alike(model: nn.Module, module: nn.Module, attribute: str, attributes: Attributes) -> list[str]:
-    """List the modules of the same class that hold the same value there, as long as it was not set."""
-    value = module.__dict__[attribute]
-    return [
-        name
-        for name, other in model.named_modules()
-        if type(other) is type(module)
-        and _equal(other.__dict__.get(attribute), value)
-        and attribute not in attributes.get(name, {})
-    ]
+def _alike(model: nn.Module, cut: Cut, name: str) -> list[str]:
+    """List the modules of the same class whose tensors are cut to the same shapes."""
+    kind, shapes = type(model.get_submodule(name)), _shapes_in(cut, name)
+    if not shapes:
+        return []
+    modules = named_modules(model).items()
+    return [other for other, twin in modules if type(twin) is kind and _shapes_in(cut, other) == shapes]
+
+
+def _shapes_in(cut: Cut, name: str) -> dict[str, tuple[tuple[int, ...], dict[int, int]]]:
+    """Return what becomes of the tensors inside of a module."""
+    prefix = f"{name}." if name else ""
+    return {
+        tensor[len(prefix) :]: (cut.shapes[tensor], {dim: len(positions) for dim, positions in kept.items()})
+        for tensor, kept in cut.kept.items()
+        if tensor.startswith(prefix)
+    }
 
 
 def _equal(left: Any, right: Any) -> bool:

@@ -50,6 +50,17 @@ def _plain(*tensors: Tensor | None) -> bool:
     )
 
 
+def _in_the_order_of(source: Tensor) -> Tensor | None:
+    """Return a dense tensor whose dimensions lie in memory in the order of another one's, if that is clear."""
+    strides = source.stride()
+    if 1 in source.shape or 0 in (*source.shape, *strides) or len(set(strides)) < len(strides):
+        return None
+    dense, step = [0] * source.dim(), 1
+    for dim in sorted(range(source.dim()), key=strides.__getitem__):
+        dense[dim], step = step, step * source.shape[dim]
+    return torch.empty_strided(source.shape, dense, dtype=source.dtype, device="meta")
+
+
 @_quick(aten.convolution.default)
 def _convolution(
     source: Tensor,
@@ -97,7 +108,8 @@ def _batch_norm(
     held = [tensor for tensor in (weight, bias, mean, variance) if tensor is not None]
     if training or not _plain(source, *held) or any(tensor.shape != source.shape[1:2] for tensor in held):
         return None
-    return _empty(source, source.shape), _empty(source, (0,)), _empty(source, (0,))
+    channels = source.shape[1:2]
+    return _empty(source, source.shape), _empty(source, channels), _empty(source, channels)
 
 
 @_quick(aten.native_layer_norm.default)
@@ -147,12 +159,12 @@ def _addmm(addend: Tensor, left: Tensor, right: Tensor, **scales: object) -> Any
 
 @_quick(*_overloads("_softmax _log_softmax"))
 def _softmax(source: Tensor, dim: int, half_to_float: bool) -> Any:
-    return None if half_to_float else _same(source)
+    return None if half_to_float or not source.is_contiguous() else _same(source)
 
 
 @_quick(*_overloads("_safe_softmax"))
 def _safe_softmax(source: Tensor, dim: int, dtype: torch.dtype | None = None) -> Any:
-    return _same(source) if dtype in (None, source.dtype) else None
+    return _same(source) if dtype in (None, source.dtype) and source.is_contiguous() else None
 
 
 _ACTIVATIONS = (
@@ -162,7 +174,11 @@ _ACTIVATIONS = (
 
 @_quick(*_overloads(_ACTIVATIONS))
 def _same(source: Tensor, *settings: object, **named: object) -> Any:
-    return _empty(source, source.shape) if _plain(source) else None
+    if not source.dtype.is_floating_point:
+        return None
+    if source.is_contiguous():
+        return _empty(source, source.shape)
+    return _in_the_order_of(source)
 
 
 @_quick(*_overloads(" ".join(f"{name}_" for name in _ACTIVATIONS.split())))
@@ -181,7 +197,7 @@ def _with_tensor(left: Tensor, right: object, **scale: object) -> Any:
         return _with_number(left, right)
     if not right.is_meta or not left.is_meta or not _plain(left, right):
         return None
-    wide, narrow = (left, right) if left.dim() >= right.dim() else (right, left)
+    wide, narrow = (left, right) if (left.dim(), left.numel()) >= (right.dim(), right.numel()) else (right, left)
     fits = zip(wide.shape[wide.dim() - narrow.dim() :], narrow.shape, strict=True)
     return _empty(wide, wide.shape) if all(small in (1, size) for size, small in fits) else None
 
@@ -197,7 +213,7 @@ def _mean(source: Tensor, dim: Sequence[int] | None, keepdim: bool = False, **na
 
 @_quick(*_overloads("roll"))
 def _roll(source: Tensor, shifts: object, dims: object = ()) -> Any:
-    return _same(source)
+    return _same(source) if source.is_contiguous() else None
 
 
 @_quick(*_overloads("cat"))

@@ -251,7 +251,7 @@ def _maker(substrate: Substrate, stack: ExitStack) -> Any:
 def _weightless(tensor: Tensor) -> Tensor:
     """Return a tensor without memory; numbers that code may look at, such as masks and positions, stay real."""
     if tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta:
-        return torch.empty_like(tensor.detach(), device="meta")
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
     return tensor.detach().to("cpu", copy=True)
 
 

@@ -96,7 +96,7 @@ def _try_out(
     }
     outcome = _rehearse(model, graph, fate, replace(cut, attributes=attributes), labels, until)
     while isinstance(outcome, Misfit):
-        for mended in mendings(model, attributes, outcome):
+        for mended in mendings(model, cut, attributes, outcome):
             next_outcome = _rehearse(model, graph, fate, replace(cut, attributes=mended), labels, until)
             if not isinstance(next_outcome, Misfit) or next_outcome.moment > outcome.moment:
                 attributes, outcome = mended, next_outcome
