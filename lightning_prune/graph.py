@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -95,7 +95,7 @@ def find_groups(
 
 def read(model: nn.Module, example_inputs: ExampleInputs, ignore: Sequence[str] = (), heads: Heads = "whole") -> Graph:
     """Find the channel groups and keep what is needed to verify a cut; see `find_groups`."""
-    _check_model(model)
+    check_model(model)
     model = unwrapped(model)
     check_heads(heads)
     ignored = ignored_tensors(model, ignore)
@@ -118,7 +118,7 @@ def read(model: nn.Module, example_inputs: ExampleInputs, ignore: Sequence[str] 
     return Graph(ChannelGroups(_groups(flow, index)), inputs, index.labels, flow.space.roots(), runs)
 
 
-def _check_model(model: object) -> None:
+def check_model(model: object) -> None:
     """Refuse what cannot be read.
 
     Raises:
@@ -134,16 +134,16 @@ def _check_model(model: object) -> None:
         raise TraceError(f"{lazy[0]} has no shape yet: run a lazy model once before it is read.")
 
 
-def ignored_tensors(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, str]:
+def ignored_tensors(model: nn.Module, patterns: object) -> dict[str, str]:
     """Return tensor name -> the pattern that protects it.
 
     Raises:
         ValueError: A pattern matches no module.
-        TypeError: `patterns` is a single string.
+        TypeError: `patterns` is a single string, or no sequence of strings.
     """
     if isinstance(patterns, str):
         raise TypeError(f"`ignore` is a sequence of patterns; got the string {patterns!r}: put it in a list.")
-    if patterns is None or not all(isinstance(pattern, str) for pattern in patterns):
+    if not isinstance(patterns, Iterable) or not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"`ignore` is a sequence of patterns of module names, such as ['head*']; got {patterns!r}.")
     modules = dict(model.named_modules())
     protected: dict[str, str] = {}

@@ -85,7 +85,7 @@ def mendings(model: nn.Module, cut: Cut, attributes: Attributes, misfit: Misfit)
             if len(alike) > 1:
                 yield _set(attributes, attribute, dict.fromkeys([*alike, name], new))
             yield _set(attributes, attribute, {name: new})
-        if len(fitting) > 1:
+        if len(dict(fitting)) > 1:
             yield {**attributes, name: {**attributes.get(name, {}), **dict(reversed(fitting))}}
     for name in misfit.modules:
         for attribute in attributes.get(name, {}):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from graphlib import TopologicalSorter
+from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -71,7 +71,10 @@ def _in_order(groups: Sequence[ChannelGroup]) -> list[str]:
         order.add(layers[0])
         for before, after in pairwise(layers):
             order.add(after, before)
-    return list(order.static_order())
+    try:
+        return list(order.static_order())
+    except CycleError:  # a layer whose parameters come early and whose buffers, listed last, meet later groups
+        return list(dict.fromkeys(_layer(member) for group in groups for member in group.members))
 
 
 def _layer(member: Member) -> str:

@@ -14,7 +14,7 @@ from lightning_prune.allocation import Allocation, Limits, Uniform, allocate
 from lightning_prune.cost import count_params, per_example, planned_macs
 from lightning_prune.criteria import Criterion, Magnitude, score_groups
 from lightning_prune.cut import Cut, cut_shapes, prepare
-from lightning_prune.graph import Graph, read
+from lightning_prune.graph import Graph, check_model, read
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.rectangles import check_heads
 from lightning_prune.tensors import unwrapped
@@ -105,6 +105,7 @@ def prune(
         >>> net[0].out_features, record.reached
         (5, 0.5)
     """
+    check_model(model)
     model = unwrapped(model)
     limits = Limits(min_channels, round_to)
     request = Request(pruning_ratio, of, criterion or Magnitude(), allocation or Uniform(), ignore, heads, limits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -85,19 +86,13 @@ def swapped(
         training: The mode.
         attributes: Module name -> attribute -> value.
     """
-    own = {id(tensor): tensors[name] for name, tensor in named_tensors(model).items() if name in tensors}
+    named = named_tensors(model)
+    own: dict[int, Any] = {id(named[name]): standin for name, standin in tensors.items() if name in named}
     modules = named_modules(model)
     saved = [
         (part, dict(part))
         for module in modules.values()
         for part in (module.__dict__, module._parameters, module._buffers, module._modules)
-    ]
-    containers = [
-        pair
-        for module in modules.values()
-        for name, value in module.__dict__.items()
-        if name not in _OF_EVERY_MODULE and isinstance(value, _CONTAINERS)
-        for pair in _contents(value)
     ]
     try:
         for module in modules.values():
@@ -110,32 +105,40 @@ def swapped(
         for part, content in saved:
             part.clear()
             part.update(content)
-        for value, content in containers:
-            value.clear()
-            value.extend(content) if isinstance(value, (list, deque)) else value.update(content)
 
 
-_CONTAINERS = (list, dict, set, deque)
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 
-def _contents(container: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield a container, and all that it holds, each with a copy of what is in it."""
-    yield container, container.copy()
-    for item in list(container.values() if isinstance(container, dict) else container):
-        if isinstance(item, _CONTAINERS):
-            yield from _contents(item)
-
-
-def _swap(module: nn.Module, own: Mapping[int, Tensor]) -> None:
-    """Swap registered tensors, and those that a module keeps a second time in a list or an attribute."""
+def _swap(module: nn.Module, own: dict[int, Any]) -> None:
+    """Swap the tensors of a module, and let copies stand in for all else that its forward may write to."""
     registered: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
     for part in registered:
         for key, tensor in part.items():
             if id(tensor) in own:
                 part[key] = own[id(tensor)]
     for key, value in module.__dict__.items():
-        if type(value) is list and any(id(item) in own for item in value):
-            module.__dict__[key] = [own.get(id(item), item) for item in value]
-        elif isinstance(value, Tensor) and id(value) in own:
-            module.__dict__[key] = own[id(value)]
+        if isinstance(value, (Tensor, *_CONTAINERS)) and key not in _OF_EVERY_MODULE:
+            module.__dict__[key] = _standin(value, own)
+
+
+_CONTAINERS = (list, tuple, dict, set, deque)
+
+
+def _standin(value: Any, own: dict[int, Any]) -> Any:
+    """Return what stands in for a tensor or a container, the same for the same."""
+    if id(value) in own or not isinstance(value, (Tensor, *_CONTAINERS)):
+        return own.get(id(value), value)
+    if isinstance(value, Tensor):
+        own[id(value)] = value.detach().clone()
+    elif isinstance(value, tuple):
+        items = [_standin(item, own) for item in value]
+        same = all(item is old for item, old in zip(items, value, strict=True))
+        own[id(value)] = value if same else type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    else:
+        twin: Any = copy(value)
+        own[id(value)] = twin
+        if not isinstance(value, set):
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                twin[key] = _standin(item, own)
+    return own[id(value)]

@@ -30,6 +30,7 @@ from lightning_prune.tensors import swapped
 from lightning_prune.types import Attributes
 
 log = logging.getLogger(__name__)
+_FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 
 Substrate: TypeAlias = Literal["meta", "fake", "real"]
 """What the model runs on: tensors that are only shapes, shapes that know their device, or copies of the real ones."""
@@ -243,6 +244,8 @@ def _maker(substrate: Substrate, stack: ExitStack) -> Any:
     if substrate == "meta":
         return _weightless
     if substrate == "fake":
+        stack.callback(_FAKE_LOG.setLevel, _FAKE_LOG.level)
+        _FAKE_LOG.setLevel(logging.CRITICAL)  # it writes of errors that are raised as well
         mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         return lambda tensor: mode.from_tensor(tensor.detach(), static_shapes=True)
     return lambda tensor: tensor.detach().clone()

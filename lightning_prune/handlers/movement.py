@@ -261,6 +261,33 @@ def diagonal(flow: Flow, call: Call) -> None:
         flow.put(call.out, [*rest, align(flow, [rows, columns], call.name)])
 
 
+@handles(*packets("diag_embed"))
+def diag_embed(flow: Flow, call: Call) -> None:
+    """The last dimension becomes the diagonal of two; away from the main one it freezes."""
+    *labels, part = flow.of(call["self"])
+    if call["offset"]:
+        flow.freeze(part, f"is written along a diagonal in {call.name}")
+        part = None
+    for dim in sorted((call["dim1"] % call.out.dim(), call["dim2"] % call.out.dim())):
+        labels.insert(dim, part)
+    flow.put(call.out, labels)
+
+
+@handles(*packets("rot90"))
+def rot90(flow: Flow, call: Call) -> None:
+    """A quarter turn exchanges two dimensions and turns one of them round; a half turn turns both."""
+    labels = list(flow.of(call["self"]))
+    first, second = call["dims"]
+    quarters = call["k"] % 4
+    rows, columns = labels[first], labels[second]
+    if quarters in (1, 2):
+        columns = None if columns is None else columns[::-1]
+    if quarters in (2, 3):
+        rows = None if rows is None else rows[::-1]
+    labels[first], labels[second] = (columns, rows) if quarters % 2 else (rows, columns)
+    flow.put(call.out, labels)
+
+
 @handles(*packets("view_as_real view_as_complex"))
 def as_complex(flow: Flow, call: Call) -> None:
     """The two parts of a complex number are a last dimension without channels."""

@@ -36,8 +36,8 @@ def broadcast(flow: Flow, tensors: Sequence[Tensor], shape: Sequence[int], where
 _UNTAGGED = packets(
     "hardswish _prelu_kernel rrelu_with_noise log_sigmoid_forward floor_divide native_dropout _fused_dropout complex "
     "polar copy masked_fill bernoulli fill zero random uniform normal log_normal exponential cauchy geometric "
-    "_conj resolve_conj _conj_physical _neg_view real imag view_as_real_copy bucketize fake_quantize_per_tensor_affine "
-    "fake_quantize_per_tensor_affine_cachemask _fake_quantize_per_tensor_affine_cachemask_tensor_qparams isin "
+    "_conj resolve_conj _conj_physical _neg_view real imag view_as_real_copy fake_quantize_per_tensor_affine "
+    "fake_quantize_per_tensor_affine_cachemask _fake_quantize_per_tensor_affine_cachemask_tensor_qparams "
     "detach alias _to_copy lift lift_fresh contiguous clone where"
 )
 
@@ -51,6 +51,16 @@ def pointwise(flow: Flow, call: Call) -> None:
     if any(flow.is_labelled(tensor) for tensor in inputs):
         for out in tensors_in(call.out):
             flow.put(out, broadcast(flow, inputs, out.shape, call.name))
+
+
+@handles(*packets("bucketize isin searchsorted"))
+def looked_up(flow: Flow, call: Call) -> None:
+    """Each element is looked up among others, which are known by their numbers."""
+    values = call.tensors[1] if call.name.startswith("aten.searchsorted") else call.tensors[0]
+    for tensor in call.tensors:
+        if tensor is not values:
+            flow.freeze_tensor(tensor, f"is looked up in {call.name}")
+    flow.put(call.out, flow.of(values))
 
 
 @handles(*packets("fake_quantize_per_channel_affine_cachemask"))

@@ -47,6 +47,15 @@ def grid_sample(flow: Flow, call: Call) -> None:
     flow.put(call.out, [batch, channels, *[None] * len(space)])
 
 
+@handles(*packets("affine_grid_generator"))
+def affine_grid(flow: Flow, call: Call) -> None:
+    """Each example has a transformation (2, 3) or (3, 4) of its own."""
+    batch, *matrix = flow.of(call["theta"])
+    for extent in matrix:
+        flow.freeze(extent, f"is a matrix in {call.name}")
+    flow.put(call.out, [batch, *[None] * (call.out.dim() - 1)])
+
+
 @handles_named("torchvision::roi_align", "torchvision::roi_pool")
 def regions(flow: Flow, call: Call) -> None:
     """Boxes (K, 5) are cut out of all channels."""
