@@ -34,7 +34,10 @@ class Cut:
 def prepare(model: nn.Module, graph: Graph, plan: PruningPlan) -> Cut:
     """Work out what a plan does to tensors and attributes, without touching the model."""
     kept = _kept(model, graph.groups, plan)
-    standins = {name: torch.empty_like(tensor, device="meta") for name, tensor in named_tensors(model).items()}
+    standins = {
+        name: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        for name, tensor in named_tensors(model).items()
+    }
     with torch.no_grad(), swapped(model, standins):
         before = stale_sizes(model)
     with torch.no_grad(), swapped(model, {**standins, **cut_shapes(model, kept)}):

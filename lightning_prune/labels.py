@@ -54,29 +54,40 @@ class LabelSpace:
 
     def roots(self) -> LabelArray:
         """Return for every label the smallest label that it is tied to."""
-        if len(self._parent) < self._size:
-            self._parent = np.concatenate([self._parent, np.arange(len(self._parent), self._size)])
-        if self._ties:
-            pairs = [np.broadcast_arrays(left, right) for left, right in self._ties]
-            self._ties.clear()
-            left = np.concatenate([pair[0].ravel() for pair in pairs])
-            right = np.concatenate([pair[1].ravel() for pair in pairs])
-            self._resolve(left, right)
-        return self._parent
+        self._resolve()
+        flat = self._parent[: self._size]
+        while not np.array_equal(shorter := flat[flat], flat):
+            flat = shorter
+        self._parent[: self._size] = shorter
+        return shorter
 
-    def _resolve(self, left: LabelArray, right: LabelArray) -> None:
-        """Hook larger roots to smaller ones and halve the paths, until no tie has two roots."""
-        parent = self._parent
+    def roots_of(self, labels: LabelArray) -> LabelArray:
+        """Return for some labels the smallest label that each is tied to; what else there is costs nothing."""
+        self._resolve()
+        return self._up(labels)
+
+    def _resolve(self) -> None:
+        """Hook larger roots to smaller ones, until no tie has two roots."""
+        if len(self._parent) < self._size:
+            room = np.arange(len(self._parent), self._size + self._size // 2)  # so that few growths copy it all
+            self._parent = np.concatenate([self._parent, room])
+        if not self._ties:
+            return
+        pairs = [np.broadcast_arrays(left, right) for left, right in self._ties]
+        self._ties.clear()
+        left, right = (np.concatenate([pair[side].ravel() for pair in pairs]) for side in (0, 1))
         while len(left):
-            left, right = parent[left], parent[right]
+            left, right = np.split(self._up(np.concatenate([left, right])), 2)
             apart = left != right
             left, right = left[apart], right[apart]
-            np.minimum.at(parent, np.maximum(left, right), np.minimum(left, right))
-            shorter = parent[parent]
-            while not np.array_equal(shorter, parent):
-                parent = shorter
-                shorter = parent[parent]
-        self._parent = parent
+            np.minimum.at(self._parent, np.maximum(left, right), np.minimum(left, right))
+
+    def _up(self, labels: LabelArray) -> LabelArray:
+        """Climb to the roots, and halve the paths there."""
+        above = self._parent[labels]
+        while not np.array_equal(higher := self._parent[above], above):
+            self._parent[labels] = above = higher
+        return above
 
     def reasons(self) -> tuple[LabelArray, list[str]]:
         """Return for every label an index into a list of reasons, or -1 where the label is free."""

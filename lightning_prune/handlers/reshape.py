@@ -157,7 +157,7 @@ def _split(flow: Flow, labels: LabelArray | None, factors: Sequence[_Factor], wh
 def _varying(flow: Flow, box: LabelArray) -> tuple[int, ...]:
     """List the axes along which the labels differ, also in the light of what has been tied so far."""
     varying = _differing(box)
-    return _differing(flow.space.roots()[box]) if len(varying) > 1 else varying
+    return _differing(flow.space.roots_of(box)) if len(varying) > 1 else varying
 
 
 def _differing(box: LabelArray) -> tuple[int, ...]:
