@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_prune.graph import Graph
 from lightning_prune.sizes import Size, stale_sizes
-from lightning_prune.tensors import named_tensors, swapped
+from lightning_prune.tensors import named_modules, named_tensors, swapped
 from lightning_prune.types import Attributes, ChannelGroup, Kept, PruningPlan
 
 
@@ -38,7 +38,10 @@ def prepare(model: nn.Module, graph: Graph, plan: PruningPlan) -> Cut:
         name: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         for name, tensor in named_tensors(model).items()
     }
-    with torch.no_grad(), swapped(model, standins):
+    if any("parametrizations" in module._modules for module in named_modules(model).values()):
+        with torch.no_grad(), swapped(model, standins):  # to read such a weight is to compute it
+            before = stale_sizes(model)
+    else:
         before = stale_sizes(model)
     with torch.no_grad(), swapped(model, {**standins, **cut_shapes(model, kept)}):
         after = stale_sizes(model)

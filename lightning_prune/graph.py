@@ -20,7 +20,7 @@ from lightning_prune.flow import Flow
 from lightning_prune.inputs import ExampleInputs, Inputs, bind
 from lightning_prune.labels import LabelArray, Labels, LabelSpace
 from lightning_prune.rectangles import check_heads, settle
-from lightning_prune.tensors import named_tensors, unwrapped
+from lightning_prune.tensors import named_modules, named_tensors, unwrapped
 from lightning_prune.trace import SUBSTRATES, Run, Setting, run
 from lightning_prune.types import ChannelGroup, ChannelGroups, Heads, Member
 
@@ -127,9 +127,9 @@ def check_model(model: object) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` is a torch.nn.Module; got {type(model).__name__}.")
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+    if any(isinstance(module, torch.jit.ScriptModule) for module in named_modules(model).values()):
         raise TypeError("`model` holds a ScriptModule, which cannot be cut; pass the module that it was made from.")
-    lazy = [name for name, tensor in model.named_parameters() if isinstance(tensor, UninitializedParameter)]
+    lazy = [name for name, tensor in named_tensors(model).items() if isinstance(tensor, UninitializedParameter)]
     if lazy:
         raise TraceError(f"{lazy[0]} has no shape yet: run a lazy model once before it is read.")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_prune.cut import Cut, cut_tensor, prepare
 from lightning_prune.errors import SurgeryError
 from lightning_prune.graph import Graph
-from lightning_prune.tensors import named_tensors, set_attributes
+from lightning_prune.tensors import named_modules, named_tensors, set_attributes, with_own_train
 from lightning_prune.types import Attributes, PruningPlan
 from lightning_prune.verification import verify
 
@@ -76,6 +76,7 @@ def _put_in_place(
             _exchange(tensors[name], data, gradients.get(name))
         for name, values in attributes.items():
             set_attributes(modules[name], values)
+        _forget_what_was_computed(model)
         model.__dict__.update(notes)
     except BaseException:
         for name, (data, gradient) in before.items():
@@ -86,6 +87,15 @@ def _put_in_place(
             model.__dict__.pop(key, None)
         model.__dict__.update({key: own[key] for key in notes if key in own})
         raise
+
+
+def _forget_what_was_computed(model: nn.Module) -> None:
+    """Let modules that keep computed tensors, such as tables of positions, drop them, by setting the mode they have."""
+    modes = {module: module.training for module in named_modules(model).values()}
+    for module in with_own_train(model):
+        module.train(modes[module])
+    for module, mode in modes.items():
+        module.__dict__["training"] = mode
 
 
 def _exchange(tensor: Tensor, data: Tensor, gradient: Tensor | None) -> None:

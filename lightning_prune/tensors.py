@@ -74,6 +74,11 @@ def set_attributes(module: nn.Module, values: Mapping[str, int | tuple[int, ...]
         module.__dict__[key] = list(value) if isinstance(module.__dict__.get(key), list) else value  # type: ignore[arg-type]
 
 
+def with_own_train(model: nn.Module) -> list[nn.Module]:
+    """List the modules with a `train` of their own: some keep what they have computed, and forget it there."""
+    return [module for module in named_modules(model).values() if type(module).train is not nn.Module.train]
+
+
 @contextmanager
 def swapped(
     model: nn.Module, tensors: Mapping[str, Tensor], *, training: bool = False, attributes: Attributes | None = None
@@ -98,6 +103,8 @@ def swapped(
         for module in modules.values():
             _swap(module, own)
             module.__dict__["training"] = training
+        for module in with_own_train(model):
+            module.train(training)
         for name, values in (attributes or {}).items():
             set_attributes(modules[name], values)
         yield
@@ -118,16 +125,22 @@ def _swap(module: nn.Module, own: dict[int, Any]) -> None:
             if id(tensor) in own:
                 part[key] = own[id(tensor)]
     for key, value in module.__dict__.items():
-        if isinstance(value, (Tensor, *_CONTAINERS)) and key not in _OF_EVERY_MODULE:
+        if isinstance(value, _HOLDERS) and key not in _OF_EVERY_MODULE and not _is_constant(value):
             module.__dict__[key] = _standin(value, own)
 
 
 _CONTAINERS = (list, tuple, dict, set, deque)
+_HOLDERS = (Tensor, *_CONTAINERS)
+
+
+def _is_constant(value: Any) -> bool:
+    """Tell whether it is a tuple that holds nothing which can be written to."""
+    return isinstance(value, tuple) and not any(isinstance(item, _HOLDERS) for item in value)
 
 
 def _standin(value: Any, own: dict[int, Any]) -> Any:
     """Return what stands in for a tensor or a container, the same for the same."""
-    if id(value) in own or not isinstance(value, (Tensor, *_CONTAINERS)):
+    if id(value) in own or not isinstance(value, _HOLDERS) or _is_constant(value):
         return own.get(id(value), value)
     if isinstance(value, Tensor):
         own[id(value)] = value.detach().clone()

@@ -527,3 +527,38 @@ def _double(example: Any) -> Any:
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
     return tree_map(change, example)
+
+
+class Remembering(nn.Module):
+    """Keeps a table that it has computed while it is in eval mode, as levit does, and forgets it in `train`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.gain = nn.Parameter(torch.rand(8))
+        self.cache: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def train(self, mode: bool = True) -> Remembering:
+        self.cache = {}
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self.b(self.a(x) * self.gain.exp())
+        if "gain" not in self.cache:
+            self.cache["gain"] = self.gain.exp()
+        return self.b(self.a(x) * self.cache["gain"])
+
+
+def test_what_a_model_has_computed_and_kept_is_computed_again() -> None:
+    model, x = Remembering().eval(), torch.rand(2, 4)
+    model(x)
+    model.b.training = True
+    kept = model.cache
+    record = prune(model, x, pruning_ratio=0.5)
+    assert record.channels["a"].after == 4
+    assert model(x).shape == (2, 3)
+    assert model.cache["gain"].shape == (4,)
+    assert kept["gain"].shape == (8,)
+    assert (model.training, model.a.training, model.b.training) == (False, False, True)
