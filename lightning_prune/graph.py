@@ -83,9 +83,9 @@ def find_groups(
           0.bias [dim 0]
           1.weight [dim 0]
           1.bias [dim 0]
+          3.weight [dim 1]
           1.running_mean [dim 0]
           1.running_var [dim 0]
-          3.weight [dim 1]
         3: 4 channels, frozen: reaches the model's output
           3.weight [dim 0]
           3.bias [dim 0]

@@ -199,6 +199,7 @@ class _Comparison(Watcher):
 
     def after(self, step: Step) -> None:
         """Compare."""
+        self._blind = self._blind or step.by_value
         if step.name in _SAME_PLACE or self._blind:
             return
         dense = self._step()
@@ -207,7 +208,6 @@ class _Comparison(Watcher):
         if self._next == self._until:
             raise _FarEnoughError
         self._next += 1
-        self._blind = step.by_value
 
     def close(self, after: Run) -> None:
         """See that nothing is missing."""
