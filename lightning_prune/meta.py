@@ -106,7 +106,7 @@ def _batch_norm(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     held = [tensor for tensor in (weight, bias, mean, variance) if tensor is not None]
-    if training or not _plain(source, *held) or any(tensor.shape != source.shape[1:2] for tensor in held):
+    if not _plain(source, *held) or any(tensor.shape != source.shape[1:2] for tensor in held):
         return None
     channels = source.shape[1:2]
     return _empty(source, source.shape), _empty(source, channels), _empty(source, channels)

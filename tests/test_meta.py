@@ -58,6 +58,7 @@ TAKEN: dict[str, list[Arguments]] = {
     "convolution": CONVOLUTIONS,
     "native_batch_norm": [
         (t(2, 4, 5, 5), t(4), t(4), t(4), t(4), False, 0.1, 1e-5),
+        (t(2, 4, 5, 5), t(4), t(4), t(4), t(4), True, 0.1, 1e-5),
         (t(2, 4), t(4), None, t(4), t(4), False, 0.1, 1e-5),
         (t(2, 4, 3, 3, 3), None, None, t(4), t(4), False, 0.1, 1e-5),
     ],
@@ -125,7 +126,6 @@ DECLINED: dict[str, list[Arguments]] = {
         conv(t(2, 5, 9, 9), t(4, 6, 3, 3), transposed=True),
     ],
     "native_batch_norm": [
-        (t(2, 4, 5, 5), t(4), t(4), t(4), t(4), True, 0.1, 1e-5),
         (t(2, 4, 5, 5), t(3), t(4), t(4), t(4), False, 0.1, 1e-5),
         (last(2, 4, 5, 5), t(4), t(4), t(4), t(4), False, 0.1, 1e-5),
         (t(2, 4, 5, 5, dtype=HALF), t(4), t(4), t(4), t(4), False, 0.1, 1e-5),
