@@ -14,7 +14,7 @@ from lightning_prune.flow import Flow
 from lightning_prune.graph import Graph
 from lightning_prune.inputs import Inputs, tensors_in
 from lightning_prune.labels import LabelSpace
-from lightning_prune.tensors import named_tensors
+from lightning_prune.tensors import named_parameters, named_tensors
 from lightning_prune.trace import SUBSTRATES, Setting, run
 from lightning_prune.types import Attributes, PruningPlan
 
@@ -27,7 +27,7 @@ def count_params(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) 
         tensors: Name -> tensor that stands in for a parameter.
     """
     standins = tensors or {}
-    return sum(standins.get(name, parameter).numel() for name, parameter in model.named_parameters())
+    return sum(standins.get(name, parameter).numel() for name, parameter in named_parameters(model).items())
 
 
 def count_macs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,21 +34,28 @@ class Cut:
 
 def prepare(model: nn.Module, graph: Graph, plan: PruningPlan) -> Cut:
     """Work out what a plan does to tensors and attributes, without touching the model."""
-    kept = _kept(model, graph.groups, plan)
-    standins = {
-        name: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-        for name, tensor in named_tensors(model).items()
-    }
-    if any("parametrizations" in module._modules for module in named_modules(model).values()):
-        with torch.no_grad(), swapped(model, standins):  # to read such a weight is to compute it
-            before = stale_sizes(model)
-    else:
+    tensors = named_tensors(model)
+    kept = _kept(tensors, graph.groups, plan)
+    weightless = _weightless(tensors) if _has_computed_weights(model) else {}
+    with torch.no_grad(), swapped(model, weightless) if weightless else nullcontext():
         before = stale_sizes(model)
-    with torch.no_grad(), swapped(model, {**standins, **cut_shapes(model, kept)}):
+    with torch.no_grad(), swapped(model, {**weightless, **cut_shapes(tensors, kept)}):
         after = stale_sizes(model)
     attributes = {name: _without(values, before.get(name, ())) for name, values in after.items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items() if name in kept}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name in kept}
     return Cut(shapes, kept, attributes)
+
+
+def _has_computed_weights(model: nn.Module) -> bool:
+    """Tell whether to read some weight is to compute it."""
+    return any("parametrizations" in module._modules for module in named_modules(model).values())
+
+
+def _weightless(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        for name, tensor in tensors.items()
+    }
 
 
 def _without(values: Mapping[str, Size], known: Iterable[str]) -> dict[str, Size]:
@@ -55,8 +63,7 @@ def _without(values: Mapping[str, Size], known: Iterable[str]) -> dict[str, Size
     return {attribute: value for attribute, value in values.items() if attribute not in set(known)}
 
 
-def _kept(model: nn.Module, groups: Iterable[ChannelGroup], plan: PruningPlan) -> Kept:
-    tensors = named_tensors(model)
+def _kept(tensors: Mapping[str, Tensor], groups: Iterable[ChannelGroup], plan: PruningPlan) -> Kept:
     stays: dict[tuple[str, int], NDArray[np.bool_]] = {}
     for group in groups:
         if group.name in plan.removed:
@@ -83,9 +90,8 @@ def cut_tensor(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     return smaller.contiguous(memory_format=last)
 
 
-def cut_shapes(model: nn.Module, kept: Kept) -> dict[str, Tensor]:
+def cut_shapes(tensors: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]:
     """Return tensors without memory in the shapes after a cut, for those that change."""
-    tensors = named_tensors(model)
     shapes = {name: list(tensors[name].shape) for name in kept}
     for name, dims in kept.items():
         for dim, positions in dims.items():
@@ -93,9 +99,8 @@ def cut_shapes(model: nn.Module, kept: Kept) -> dict[str, Tensor]:
     return {name: torch.empty(shape, dtype=tensors[name].dtype, device="meta") for name, shape in shapes.items()}
 
 
-def standins(model: nn.Module, cut: Cut, *, real: bool) -> dict[str, Tensor]:
+def standins(tensors: Mapping[str, Tensor], cut: Cut, *, real: bool) -> dict[str, Tensor]:
     """Return tensors in the shapes after a cut, with the values that stay or without memory."""
     if not real:
-        return cut_shapes(model, cut.kept)
-    tensors = named_tensors(model)
+        return cut_shapes(tensors, cut.kept)
     return {name: cut_tensor(tensors[name], dims) for name, dims in cut.kept.items()}

@@ -38,6 +38,7 @@ class Flow:
         self.attended: list[LabelArray] = []
         self.marks: list[LabelArray] = []
         self.told: dict[int, tuple[int, ...]] = {}
+        self._any_taint = False
 
     @staticmethod
     def of(tensor: Tensor) -> Labels:
@@ -57,7 +58,10 @@ class Flow:
     @staticmethod
     def is_labelled(tensor: Tensor) -> bool:
         """Tell whether any dimension carries labels, be it of size 1."""
-        return any(label is not None for label in getattr(tensor, _LABELS, ()))
+        for labels in getattr(tensor, _LABELS, ()):
+            if labels is not None:
+                return True
+        return False
 
     def tie(self, left: LabelArray | None, right: LabelArray | None, where: str) -> None:
         """Tie two dimensions; one that meets a dimension without channels is frozen."""
@@ -97,14 +101,14 @@ class Flow:
         if labels is not None:
             self.made.append(labels)
 
-    @staticmethod
-    def taint(tensor: Tensor, labels: LabelArray | None, reason: str) -> None:
+    def taint(self, tensor: Tensor, labels: LabelArray | None, reason: str) -> None:
         """Mark a tensor that holds channel numbers: the channels freeze as soon as anybody reads it."""
         if labels is not None:
+            self._any_taint = True
             setattr(tensor, _TAINT, (labels, reason))
 
     def read_taint(self, tensor: Tensor) -> None:
         """Freeze what a tainted tensor is about, since it is being used."""
-        taint: tuple[LabelArray, str] | None = getattr(tensor, _TAINT, None)
+        taint: tuple[LabelArray, str] | None = getattr(tensor, _TAINT, None) if self._any_taint else None
         if taint is not None:
             self.space.freeze(*taint)

@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_prune.errors import TraceError
@@ -20,7 +20,7 @@ from lightning_prune.flow import Flow
 from lightning_prune.inputs import ExampleInputs, Inputs, bind
 from lightning_prune.labels import LabelArray, Labels, LabelSpace
 from lightning_prune.rectangles import check_heads, settle
-from lightning_prune.tensors import named_modules, named_tensors, unwrapped
+from lightning_prune.tensors import named_modules, named_tensors, tensors_of, unwrapped
 from lightning_prune.trace import SUBSTRATES, Run, Setting, run
 from lightning_prune.types import ChannelGroup, ChannelGroups, Heads, Member
 
@@ -100,8 +100,9 @@ def read(model: nn.Module, example_inputs: ExampleInputs, ignore: Sequence[str] 
     check_heads(heads)
     ignored = ignored_tensors(model, ignore)
     inputs = bind(model, example_inputs)
-    index = _Index({name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()})
-    flow, runs, unread = _run_all(model, inputs, index)
+    tensors = named_tensors(model)
+    index = _Index({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    flow, runs, unread = _run_all(model, inputs, tensors, index)
     for name, pattern in ignored.items():
         for labels in index.labels.get(name, ()):
             flow.freeze(labels, f"is ignored by the pattern {pattern!r}")
@@ -127,9 +128,10 @@ def check_model(model: object) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` is a torch.nn.Module; got {type(model).__name__}.")
-    if any(isinstance(module, torch.jit.ScriptModule) for module in named_modules(model).values()):
+    modules = named_modules(model)
+    if any(isinstance(module, torch.jit.ScriptModule) for module in modules.values()):
         raise TypeError("`model` holds a ScriptModule, which cannot be cut; pass the module that it was made from.")
-    lazy = [name for name, tensor in named_tensors(model).items() if isinstance(tensor, UninitializedParameter)]
+    lazy = [name for name, tensor in tensors_of(modules).items() if isinstance(tensor, UninitializedParameter)]
     if lazy:
         raise TraceError(f"{lazy[0]} has no shape yet: run a lazy model once before it is read.")
 
@@ -145,7 +147,7 @@ def ignored_tensors(model: nn.Module, patterns: object) -> dict[str, str]:
         raise TypeError(f"`ignore` is a sequence of patterns; got the string {patterns!r}: put it in a list.")
     if not isinstance(patterns, Iterable) or not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"`ignore` is a sequence of patterns of module names, such as ['head*']; got {patterns!r}.")
-    modules = dict(model.named_modules())
+    modules = named_modules(model) if patterns else {}
     protected: dict[str, str] = {}
     for pattern in patterns:
         matching = [name for name in modules if name and fnmatchcase(name, pattern)]
@@ -160,15 +162,17 @@ def ignored_tensors(model: nn.Module, patterns: object) -> dict[str, str]:
     return protected
 
 
-def _run_all(model: nn.Module, inputs: Inputs, index: _Index) -> tuple[Flow, dict[Setting, Run], set[str]]:
+def _run_all(
+    model: nn.Module, inputs: Inputs, tensors: Mapping[str, Tensor], index: _Index
+) -> tuple[Flow, dict[Setting, Run], set[str]]:
     """Run in eval mode, and in train mode too where that reaches parameters which eval mode leaves unread."""
-    setting, flow, evaluated = _run_eval(model, inputs, index)
+    setting, flow, evaluated = _run_eval(model, inputs, tensors, index)
     runs, unread = {setting: evaluated}, evaluated.unread
-    hidden = unread & {name for name, _ in model.named_parameters()}
+    hidden = {name for name in unread if isinstance(tensors[name], nn.Parameter)}
     if hidden:
         train = Setting(setting.substrate, training=True)
         try:
-            runs[train] = run(model, inputs, train, flow, named_tensors(model), index.labels)
+            runs[train] = run(model, inputs, train, flow, tensors, index.labels)
             unread = unread & runs[train].unread
         except Exception as error:
             warnings.warn(
@@ -179,13 +183,15 @@ def _run_all(model: nn.Module, inputs: Inputs, index: _Index) -> tuple[Flow, dic
     return flow, runs, unread
 
 
-def _run_eval(model: nn.Module, inputs: Inputs, index: _Index) -> tuple[Setting, Flow, Run]:
+def _run_eval(
+    model: nn.Module, inputs: Inputs, tensors: Mapping[str, Tensor], index: _Index
+) -> tuple[Setting, Flow, Run]:
     """Run on the lightest tensors that the model accepts."""
     failure: Exception | None = None
     for substrate in SUBSTRATES:
         setting, flow = Setting(substrate), Flow(LabelSpace(len(index.tensor_dim)))
         try:
-            done = run(model, inputs, setting, flow, named_tensors(model), index.labels)
+            done = run(model, inputs, setting, flow, tensors, index.labels)
         except TraceError:
             raise
         except Exception as error:

@@ -17,7 +17,7 @@ from lightning_prune.cut import Cut, cut_shapes, prepare
 from lightning_prune.graph import Graph, check_model, read
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.rectangles import check_heads
-from lightning_prune.tensors import unwrapped
+from lightning_prune.tensors import named_tensors, unwrapped
 from lightning_prune.types import UNITS, Attributes, Change, Heads, PruneRecord, PruningPlan, Unit
 from lightning_prune.verification import Trial, verify
 
@@ -207,7 +207,7 @@ def _plan(
     def reached(plan: PruningPlan) -> float:
         if request.of == "params":
             cut = prepare(model, graph, plan)
-            return 1 - count_params(model, cut_shapes(model, cut.kept)) / baseline.params
+            return 1 - count_params(model, cut_shapes(named_tensors(model), cut.kept)) / baseline.params
         return 1 - planned_macs(graph, plan) / max(baseline.macs, 1)
 
     if request.of == "channels" or request.pruning_ratio == 0:
@@ -250,7 +250,8 @@ def _record(
         dense = known[group.name].dense if group.name in known else group.size
         channels[group.name] = Change(dense, group.size, group.size - len(plan.removed.get(group.name, ())))
     cut = trial.cut
-    params = Change(baseline.params, count_params(model), count_params(model, cut_shapes(model, cut.kept)))
+    left = count_params(model, cut_shapes(named_tensors(model), cut.kept))
+    params = Change(baseline.params, count_params(model), left)
     macs = Change(baseline.macs, baseline.macs_now, per_example(trial.macs, graph.inputs))
     counted = [channels[name] for name in baseline.channels]
     total = Change(*(sum(getattr(change, part) for change in counted) for part in ("dense", "before", "after")))

@@ -67,7 +67,7 @@ def _put_in_place(
     attributes: Attributes,
     notes: Mapping[str, object],
 ) -> None:
-    modules = dict(model.named_modules())
+    modules = named_modules(model)
     own = dict(model.__dict__)
     before = {name: (tensor.data, tensor.grad) for name, tensor in tensors.items()}
     sizes = {name: {key: getattr(modules[name], key) for key in values} for name, values in attributes.items()}

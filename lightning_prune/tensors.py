@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from typing import Any
@@ -33,12 +33,14 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     waiting = [("", model)]
     while waiting:
         name, module = waiting.pop()
-        if id(module) not in seen:
-            seen.add(id(module))
-            found[name] = module
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        found[name] = module
+        if module._modules:
             prefix = f"{name}." if name else ""
-            children = [(prefix + key, child) for key, child in module._modules.items() if child is not None]
-            waiting.extend(reversed(children))
+            children = reversed(module._modules.items())
+            waiting.extend([(prefix + key, child) for key, child in children if child is not None])
     return found
 
 
@@ -47,16 +49,25 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
     The names and the order are those of `named_parameters` and then `named_buffers`, in a tenth of the time.
     """
-    modules = [(f"{name}." if name else "", module) for name, module in named_modules(model).items()]
-    held: list[tuple[str, Mapping[str, Tensor | None]]] = [(prefix, module._parameters) for prefix, module in modules]
-    held += [(prefix, module._buffers) for prefix, module in modules]
+    return tensors_of(named_modules(model))
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what `named_parameters` yields, in a tenth of the time."""
+    return {name: tensor for name, tensor in named_tensors(model).items() if isinstance(tensor, nn.Parameter)}
+
+
+def tensors_of(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Return what `named_tensors` does, of modules that are named already."""
+    held: list[tuple[str, Mapping[str, Tensor | None]]] = [(name, module._parameters) for name, module in modules.items()]
+    held += [(name, module._buffers) for name, module in modules.items()]
     seen: set[int] = set()
     found: dict[str, Tensor] = {}
-    for prefix, tensors in held:
+    for owner, tensors in held:
         for name, tensor in tensors.items():
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
-                found[prefix + name] = tensor
+                found[f"{owner}.{name}" if owner else name] = tensor
     return found
 
 
@@ -76,7 +87,11 @@ def set_attributes(module: nn.Module, values: Mapping[str, int | tuple[int, ...]
 
 def with_own_train(model: nn.Module) -> list[nn.Module]:
     """List the modules with a `train` of their own: some keep what they have computed, and forget it there."""
-    return [module for module in named_modules(model).values() if type(module).train is not nn.Module.train]
+    return _with_own_train(named_modules(model).values())
+
+
+def _with_own_train(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    return [module for module in modules if type(module).train is not nn.Module.train]
 
 
 @contextmanager
@@ -91,9 +106,9 @@ def swapped(
         training: The mode.
         attributes: Module name -> attribute -> value.
     """
-    named = named_tensors(model)
-    own: dict[int, Any] = {id(named[name]): standin for name, standin in tensors.items() if name in named}
     modules = named_modules(model)
+    named = tensors_of(modules)
+    own: dict[int, Any] = {id(named[name]): standin for name, standin in tensors.items() if name in named}
     saved = [
         (part, dict(part))
         for module in modules.values()
@@ -103,15 +118,16 @@ def swapped(
         for module in modules.values():
             _swap(module, own)
             module.__dict__["training"] = training
-        for module in with_own_train(model):
+        for module in _with_own_train(modules.values()):
             module.train(training)
         for name, values in (attributes or {}).items():
             set_attributes(modules[name], values)
         yield
     finally:
         for part, content in saved:
-            part.clear()
-            part.update(content)
+            if part or content:
+                part.clear()
+                part.update(content)
 
 
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
@@ -125,17 +141,18 @@ def _swap(module: nn.Module, own: dict[int, Any]) -> None:
             if id(tensor) in own:
                 part[key] = own[id(tensor)]
     for key, value in module.__dict__.items():
-        if isinstance(value, _HOLDERS) and key not in _OF_EVERY_MODULE and not _is_constant(value):
+        if key not in _OF_EVERY_MODULE and type(value) not in _ATOMS and not _is_constant(value):
             module.__dict__[key] = _standin(value, own)
 
 
+_ATOMS = frozenset((int, float, bool, str, type(None)))
 _CONTAINERS = (list, tuple, dict, set, deque)
 _HOLDERS = (Tensor, *_CONTAINERS)
 
 
 def _is_constant(value: Any) -> bool:
-    """Tell whether it is a tuple that holds nothing which can be written to."""
-    return isinstance(value, tuple) and not any(isinstance(item, _HOLDERS) for item in value)
+    """Tell whether it is a tuple of plain values, in which nothing can be written to."""
+    return isinstance(value, tuple) and _ATOMS.issuperset(map(type, value))
 
 
 def _standin(value: Any, own: dict[int, Any]) -> Any:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -273,11 +274,19 @@ def _work(flow: Flow, call: Call) -> Work | None:
     return Work(formula.__wrapped__, args, (tuple(call.out.shape), flow.of(call.out)))
 
 
+_INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten._unsafe_index.Tensor)
+
+
 def _is_by_value(call: Call) -> bool:
     """Tell whether the size of what an operation returns depends on values: indexing does so only with a mask."""
-    if call.op.overloadpacket in (torch.ops.aten.index, torch.ops.aten._unsafe_index):
-        return any(index.dtype in (torch.bool, torch.uint8) for index in call.tensors[1:])
-    return torch.Tag.dynamic_output_shape in call.op.tags or call.op.name() == "torchvision::nms"
+    if not _may_be_by_value(call.op):
+        return False
+    return call.op not in _INDEXING or any(index.dtype in (torch.bool, torch.uint8) for index in call.tensors[1:])
+
+
+@cache
+def _may_be_by_value(op: OpOverload) -> bool:
+    return op in _INDEXING or torch.Tag.dynamic_output_shape in op.tags or op.name() == "torchvision::nms"
 
 
 def _is_float(dtype: torch.dtype | None) -> bool:

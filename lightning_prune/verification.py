@@ -129,7 +129,8 @@ def _rehearse(
     for place, (setting, dense) in enumerate(graph.runs.items()):
         comparison = _Comparison(fate, dense, until[1] if until is not None and until[0] == place else None)
         flow = comparison.flow
-        tensors = {**named_tensors(model), **standins(model, cut, real=setting.substrate != "meta")}
+        tensors = named_tensors(model)
+        tensors |= standins(tensors, cut, real=setting.substrate != "meta")
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", message="input's size at dim=.* does not match num_features")

@@ -15,6 +15,9 @@ from lightning_prune.criteria.base import Criterion, gather
 from lightning_prune.tensors import named_tensors
 from lightning_prune.types import ChannelGroup, Member
 
+_IN_CACHE = 2**16
+"""So many elements are raised to their power at a time."""
+
 
 class Magnitude(Criterion):
     """Norm of all parameters that a channel owns, in every layer of its group.
@@ -86,5 +89,7 @@ class Magnitude(Criterion):
             norms: Tensor = torch.linalg.vector_norm(weight.reshape(size, -1), ord=self.p, dim=1)
             return norms.pow(self.p)
         flat = weight.reshape(outer, -1)
-        powers = flat.square() if self.p == 2 else flat.abs()
-        return powers.sum(0).view(size, -1).sum(1)
+        powers = flat.new_zeros(flat.shape[1])
+        for rows in flat.split(max(_IN_CACHE // flat.shape[1], 1)):
+            powers += (rows.square() if self.p == 2 else rows.abs()).sum(0)
+        return powers.view(size, -1).sum(1)
