@@ -44,6 +44,10 @@ class Limits:
         nearest = max(floor(width / self.round_to + 0.5), ceil(least / self.round_to)) * self.round_to
         return min(nearest, size)
 
+    def allow(self, width: int) -> bool:
+        """Tell whether a group may have this width."""
+        return width >= self.min_channels and width % (self.round_to or 1) == 0
+
 
 class Allocation(ABC):
     """The rule that shares a ratio out over groups.
@@ -161,10 +165,15 @@ def allocate(
         if width < len(values):
             width = limits.rounded(width, least[name], len(values))
         if width < len(values):
-            removed[name] = values.argsort(stable=True)[: len(values) - width].sort().values
+            removed[name] = lowest(values, len(values) - width)
         if width > wanted[name] and dense[name] > 1:
             held_back[name] = _reason(limits, allocation.cap, wanted[name], given[name], width)
     return PruningPlan(removed, held_back)
+
+
+def lowest(scores: Tensor, count: int) -> Tensor:
+    """Return the indices of the lowest scores, ascending; of equal ones the first."""
+    return scores.argsort(stable=True)[:count].sort().values
 
 
 def _reason(limits: Limits, cap: float, wanted: int, given: int, width: int) -> str:

@@ -29,16 +29,18 @@ class Fate:
 
     def __init__(self, graph: Graph, plan: PruningPlan) -> None:
         self.count = len(graph.roots)
-        self._names = list(plan.removed)
+        free = (group.name for group in graph.groups if not group.frozen)
+        self._names = list(dict.fromkeys((*plan.removed, *free)))
+        self._planned = len(plan.removed)
         self._owner = np.full(self.count, -1)
         goes = np.zeros(self.count, dtype=bool)
         groups = {group.name: group for group in graph.groups}
-        for number, (name, indices) in enumerate(plan.removed.items()):
+        for number, name in enumerate(self._names):
             first = groups[name].members[0]
             place = graph.labels[first.tensor][first.dim]
             assert place is not None
             roots = graph.roots[place[first.positions[:, 0].numpy()]]
-            goes[roots[indices.numpy()]] = True
+            goes[roots[plan.removed[name].numpy() if name in plan.removed else []]] = True
             self._owner[roots] = number
         self._owner = self._owner[graph.roots]
         self._stays = ~goes[graph.roots]
@@ -90,10 +92,11 @@ class Fate:
 
     def refuse(self, involved: Iterable[LabelArray | None], reason: str) -> dict[str, str]:
         """Return the planned groups that labels belong to, or all of the plan where those tell nothing."""
-        return dict.fromkeys(self.owners(involved) or self._names, reason)
+        planned = self._names[: self._planned]
+        return dict.fromkeys([name for name in self.owners(involved) if name in planned] or planned, reason)
 
     def owners(self, dimensions: Iterable[LabelArray | None]) -> list[str]:
-        """Return the planned groups that labels belong to, in order."""
+        """Return the groups that labels belong to, in order, planned or not; frozen ones belong to nobody."""
         names: dict[str, None] = {}
         for labels in dimensions:
             if labels is not None:

@@ -58,10 +58,7 @@ class Flow:
     @staticmethod
     def is_labelled(tensor: Tensor) -> bool:
         """Tell whether any dimension carries labels, be it of size 1."""
-        for labels in getattr(tensor, _LABELS, ()):
-            if labels is not None:
-                return True
-        return False
+        return any(label is not None for label in getattr(tensor, _LABELS, ()))
 
     def tie(self, left: LabelArray | None, right: LabelArray | None, where: str) -> None:
         """Tie two dimensions; one that meets a dimension without channels is frozen."""

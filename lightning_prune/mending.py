@@ -28,7 +28,7 @@ class Misfit:
         reason: What happened, in words.
         modules: Name -> module, for those whose forward was running, the innermost first.
         sizes: The sizes that change at this step and the one before.
-        around: The planned groups whose channels were there before it went wrong, the latest first.
+        around: The groups whose channels were there before it went wrong, the latest first, frozen ones left out.
     """
 
     moment: tuple[int, int]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -16,9 +16,10 @@ from lightning_prune.criteria import Criterion, Magnitude, score_groups
 from lightning_prune.cut import Cut, cut_shapes, prepare
 from lightning_prune.graph import Graph, check_model, read
 from lightning_prune.inputs import ExampleInputs
+from lightning_prune.lessons import Lessons, kinds_of
 from lightning_prune.rectangles import check_heads
 from lightning_prune.tensors import named_tensors, unwrapped
-from lightning_prune.types import UNITS, Attributes, Change, Heads, PruneRecord, PruningPlan, Unit
+from lightning_prune.types import UNITS, Change, Heads, PruneRecord, PruningPlan, Unit
 from lightning_prune.verification import Trial, verify
 
 _SEARCH_STEPS = 14
@@ -141,31 +142,13 @@ def draft_cut(model: nn.Module, example_inputs: ExampleInputs, request: Request)
             f"{frozen or 'no group that it can score'}. Choose another criterion, or loosen `ignore`."
         )
     baseline = Baseline.of(model, graph, scores)
-    refused: dict[str, str] = {}
-    spared: set[str] = set()
-    known: Attributes = {}
+    lessons = Lessons()
     while True:
-        free = {name: values for name, values in scores.items() if name not in refused}
-        plan = _spare(_plan(model, graph, free, request, baseline), scores, spared)
-        trial = verify(model, graph, plan, prepare(model, graph, plan), known)
+        plan = _plan(model, graph, scores, request, baseline, lessons)
+        trial = verify(model, graph, plan, prepare(model, graph, plan), lessons.mended)
         if not trial.refused:
-            break
-        single = {name for name in trial.refused if len(scores[name]) - len(plan.removed[name]) == 1} - spared
-        known = trial.mended
-        spared |= single
-        refused.update({name: reason for name, reason in trial.refused.items() if name not in single})
-    return Draft(trial.cut, _record(model, graph, plan, trial, request, baseline, refused))
-
-
-def _spare(plan: PruningPlan, scores: Mapping[str, Tensor], names: Iterable[str]) -> PruningPlan:
-    """Keep a second channel in groups where a single one would take another path through torch."""
-    removed, held_back = dict(plan.removed), dict(plan.held_back)
-    for name in names:
-        if len(scores[name]) - len(removed.get(name, ())) == 1:
-            lowest = scores[name].argsort(stable=True)[: len(removed[name]) - 1]
-            removed[name] = lowest.sort().values
-            held_back[name] = "keeps 2 channels in place of 1: a single one cannot be verified"
-    return PruningPlan({name: indices for name, indices in removed.items() if len(indices)}, held_back)
+            return Draft(trial.cut, _record(model, graph, plan, trial, request, baseline, lessons.refused))
+        lessons.learn(trial, plan, scores, kinds_of(model, graph.groups))
 
 
 @dataclass(frozen=True)
@@ -197,12 +180,19 @@ class Baseline:
 
 
 def _plan(
-    model: nn.Module, graph: Graph, scores: Mapping[str, Tensor], request: Request, baseline: Baseline
+    model: nn.Module,
+    graph: Graph,
+    scores: Mapping[str, Tensor],
+    request: Request,
+    baseline: Baseline,
+    lessons: Lessons,
 ) -> PruningPlan:
     """Share the ratio out; for parameters and MACs, search for the ratio of channels that gives it."""
+    free = {name: values for name, values in scores.items() if name not in lessons.refused}
 
     def plan_for(ratio: float) -> PruningPlan:
-        return allocate(scores, ratio, request.allocation, request.limits, baseline.channels)
+        plan = allocate(free, ratio, request.allocation, request.limits, baseline.channels)
+        return lessons.apply(plan, scores, request.limits)
 
     def reached(plan: PruningPlan) -> float:
         if request.of == "params":

@@ -59,7 +59,9 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def tensors_of(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Return what `named_tensors` does, of modules that are named already."""
-    held: list[tuple[str, Mapping[str, Tensor | None]]] = [(name, module._parameters) for name, module in modules.items()]
+    held: list[tuple[str, Mapping[str, Tensor | None]]] = [
+        (name, module._parameters) for name, module in modules.items()
+    ]
     held += [(name, module._buffers) for name, module in modules.items()]
     seen: set[int] = set()
     found: dict[str, Tensor] = {}

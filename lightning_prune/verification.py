@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 from torch import nn
 
 from lightning_prune.cut import Cut, prepare, standins
@@ -17,6 +18,7 @@ from lightning_prune.graph import Graph
 from lightning_prune.inputs import tensors_in
 from lightning_prune.labels import LabelArray, Labels, LabelSpace
 from lightning_prune.mending import Misfit, mendings, modules_of
+from lightning_prune.shares import equal_shares
 from lightning_prune.tensors import named_tensors
 from lightning_prune.trace import Run, Step, Watcher, run
 from lightning_prune.types import Attributes, Kept, PruningPlan
@@ -32,12 +34,14 @@ class Trial:
         cut: The cut, with all attributes that had to be set for it to work.
         mended: The attributes among them that no table knows, as far as the trial has come.
         refused: Group name -> in words why its cut would not work.
+        in_step: Groups that must give the same fraction for the cut to go further.
         macs: The multiply-accumulates of the cut model, for the whole batch; 0 if it does not work.
     """
 
     cut: Cut
     mended: Attributes = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    in_step: set[str] = field(default_factory=set)
     macs: int = 0
 
 
@@ -56,18 +60,48 @@ def verify(model: nn.Module, graph: Graph, plan: PruningPlan, cut: Cut, known: A
         known: Attributes that an earlier trial has mended, to begin with.
     """
     trial, misfit = _try_out(model, graph, plan, cut, known or {})
-    if misfit is None or not 1 < len(trial.refused) == len(plan.removed):
+    if misfit is None:
+        return trial
+    trial = replace(trial, in_step=_in_step(model, graph, plan, trial, misfit))
+    if trial.in_step or not 1 < len(trial.refused) == len(plan.removed):
         return trial
     guilty = _guilty(model, graph, plan, trial, misfit) or _guilty_alone(model, graph, plan)
     return replace(trial, refused=dict.fromkeys(guilty, misfit.reason) or trial.refused)
 
 
+def _in_step(model: nn.Module, graph: Graph, plan: PruningPlan, trial: Trial, misfit: Misfit) -> set[str]:
+    """Find groups that must give the same fraction, for the run to get further.
+
+    So it is where a model takes one width for another, as an attention does that merges its heads into the width of its
+    input. Groups of which as much goes as of one of the two may have to be among them.
+    """
+    sizes = {group.name: group.size for group in graph.groups}
+    gone = {name: len(plan.removed.get(name, ())) for name in sizes}
+    near = misfit.around[:_NEAR]
+    for one, other in ((one, other) for one in trial.refused if one in near for other in near if other != one):
+        twins = [
+            name for name in near if (sizes[name], gone[name]) in {(sizes[two], gone[two]) for two in (one, other)}
+        ]
+        for names in ([one, other], twins)[: len(twins) - 1]:
+            shares = equal_shares({name: sizes[name] for name in names}, gone, least=1)
+            if any(shares[name] != gone[name] for name in names) and any(shares.values()):
+                removed = {**plan.removed, **{name: torch.arange(count) for name, count in shares.items()}}
+                if _gets_further(model, graph, PruningPlan(removed), misfit, {}):
+                    return set(names)
+    return set()
+
+
+def _gets_further(model: nn.Module, graph: Graph, plan: PruningPlan, misfit: Misfit, known: Attributes) -> bool:
+    """Tell whether the cut model runs further with another plan."""
+    _, other = _try_out(model, graph, plan, prepare(model, graph, plan), known, until=misfit.moment)
+    return other is None or other.moment > misfit.moment
+
+
 def _guilty(model: nn.Module, graph: Graph, plan: PruningPlan, trial: Trial, misfit: Misfit) -> list[str]:
     """Find, among the groups whose channels were around when it went wrong, one without which the run gets further."""
-    for suspect in misfit.around:
+    for suspect in (name for name in misfit.around if name in plan.removed):
         rest = PruningPlan({name: indices for name, indices in plan.removed.items() if name != suspect})
-        _, other = _try_out(model, graph, rest, prepare(model, graph, rest), trial.mended, until=misfit.moment)
-        if other is None or other.moment > misfit.moment:
+        if _gets_further(model, graph, rest, misfit, trial.mended):
             return [suspect]
     return []
 
@@ -163,6 +197,9 @@ class _MovedError(Exception):
         super().__init__(step.name)
         self.step = step
 
+
+_NEAR = 6
+"""So many of the groups around are looked at for two that go in step."""
 
 _AROUND = 60
 """So many steps before it went wrong are looked at for the cause."""
