@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -25,11 +25,13 @@ class Cut:
         shapes: The shapes before the cut of every tensor that changes.
         kept: What stays of these tensors.
         attributes: The module attributes that hold sizes, with their new values.
+        before: The values that these attributes had.
     """
 
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     kept: Kept = field(default_factory=dict)
     attributes: Attributes = field(default_factory=dict)
+    before: Attributes = field(default_factory=dict)
 
 
 def prepare(model: nn.Module, graph: Graph, plan: PruningPlan) -> Cut:
@@ -84,10 +86,26 @@ def cut_tensor(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     smaller = tensor.detach()
     for dim, positions in kept.items():
         smaller = smaller.index_select(dim, positions.to(tensor.device))
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
-    if last is None or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=last):
-        return smaller
-    return smaller.contiguous(memory_format=last)
+    return _in_format_of(tensor, smaller)
+
+
+def uncut_tensor(tensor: Tensor, kept: Mapping[int, Tensor], shape: Sequence[int]) -> Tensor:
+    """Return a tensor of the shape before a cut, with zeros for what had gone, in the memory format of the cut one."""
+    whole = tensor.detach().new_zeros(tuple(shape))
+    places = [
+        kept.get(dim, torch.arange(size)).to(tensor.device).view([-1 if at == dim else 1 for at in range(len(shape))])
+        for dim, size in enumerate(shape)
+    ]
+    whole[tuple(places)] = tensor.detach()
+    return _in_format_of(tensor, whole)
+
+
+def _in_format_of(model: Tensor, tensor: Tensor) -> Tensor:
+    """Return a tensor in the memory format of another one."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(model.dim())
+    if last is None or model.is_contiguous() or not model.is_contiguous(memory_format=last):
+        return tensor
+    return tensor.contiguous(memory_format=last)
 
 
 def cut_shapes(tensors: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]:

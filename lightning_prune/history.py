@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -15,9 +16,9 @@ from torch import nn
 
 from lightning_prune.cut import Cut
 from lightning_prune.errors import HistoryError
-from lightning_prune.surgery import apply
-from lightning_prune.tensors import named_tensors, unwrapped
-from lightning_prune.types import Change, PruneRecord
+from lightning_prune.surgery import Undo, apply, revert, together
+from lightning_prune.tensors import attributes_of, named_modules, named_tensors, unwrapped
+from lightning_prune.types import Attributes, Change, PruneRecord
 
 KEY = "pruning_history"
 """Under this key the history lies in a checkpoint."""
@@ -33,9 +34,9 @@ def history_of(model: nn.Module) -> tuple[PruneRecord, ...]:
     return records
 
 
-def commit(model: nn.Module, cut: Cut, record: PruneRecord) -> None:
+def commit(model: nn.Module, cut: Cut, record: PruneRecord) -> Undo:
     """Do a cut and add its record to the model's history: both, or neither."""
-    apply(unwrapped(model), cut, {_ATTRIBUTE: (*history_of(model), record)})
+    return apply(unwrapped(model), cut, {_ATTRIBUTE: (*history_of(model), record)})
 
 
 def to_plain(records: Sequence[PruneRecord]) -> list[dict[str, Any]]:
@@ -76,18 +77,24 @@ def _record(plain: Mapping[str, Any]) -> PruneRecord:
                 str(name): {int(dim): tuple(map(int, positions)) for dim, positions in dims.items()}
                 for name, dims in plain["kept"].items()
             },
-            "attributes": {
-                str(name): {
-                    str(key): tuple(value) if isinstance(value, list) else int(value) for key, value in values.items()
-                }
-                for name, values in plain["attributes"].items()
-            },
+            "attributes": _sizes(plain["attributes"]),
+            "before": _sizes(plain["before"]),
         }
     )
 
 
+def _sizes(plain: Mapping[str, Any]) -> Attributes:
+    return {
+        str(name): {
+            str(key): tuple(map(int, value)) if isinstance(value, (list, tuple)) else int(value)
+            for key, value in values.items()
+        }
+        for name, values in plain.items()
+    }
+
+
 def replay(model: nn.Module, records: Sequence[PruneRecord]) -> None:
-    """Do the cuts of a history again on a dense model, so that its weights fit.
+    """Do the cuts of a history again on a dense model, so that its weights fit; all of them, or none.
 
     Args:
         model: The dense model, or one that has been through the first of these cuts already.
@@ -96,26 +103,55 @@ def replay(model: nn.Module, records: Sequence[PruneRecord]) -> None:
     Raises:
         HistoryError: The model has other layers, or has been through other cuts.
     """
-    model = unwrapped(model)
     done = history_of(model)
     if tuple(records[: len(done)]) != done:
         raise HistoryError(
             f"The model has been through {len(done)} cuts that are not the first of this history's {len(records)}. "
             "Build a dense model and load into that."
         )
-    for record in records[len(done) :]:
-        _fit(model, record)
-        kept = {
-            name: {dim: torch.tensor(positions) for dim, positions in dims.items()}
-            for name, dims in record.kept.items()
-        }
-        commit(model, Cut(record.shapes, kept, record.attributes), record)
+    reach(model, records)
+
+
+def reach(model: nn.Module, records: Sequence[PruneRecord]) -> Undo:
+    """Bring a model to the shapes of a history: take back the cuts that it does not share, then do the missing ones.
+
+    Weights that had gone come back as zeros, for a checkpoint to fill.
+
+    Returns:
+        What takes it all back, weights included.
+
+    Raises:
+        HistoryError: The model has other layers; it is unchanged.
+    """
+    model = unwrapped(model)
+    done = history_of(model)
+    shared = next((at for at, pair in enumerate(zip(done, records, strict=False)) if pair[0] != pair[1]), None)
+    common = min(len(done), len(records)) if shared is None else shared
+    with together() as steps:
+        for count in reversed(range(common, len(done))):
+            steps.append(revert(model, _cut(done[count]), {_ATTRIBUTE: done[:count]}))
+        for record in records[common:]:
+            _fit(model, record)
+            steps.append(commit(model, _cut(record), record))
+
+    def undo() -> None:
+        for step in reversed(steps):
+            step()
+
+    return undo
+
+
+def _cut(record: PruneRecord) -> Cut:
+    kept = {
+        name: {dim: torch.tensor(positions) for dim, positions in dims.items()} for name, dims in record.kept.items()
+    }
+    return Cut(record.shapes, kept, record.attributes, record.before)
 
 
 def _fit(model: nn.Module, record: PruneRecord) -> None:
     """Make sure that a record's cut is one of this model's."""
     tensors = named_tensors(model)
-    modules = dict(model.named_modules())
+    modules = named_modules(model)
     for name, dims in record.kept.items():
         have = tuple(tensors[name].shape) if name in tensors else None
         if have != record.shapes.get(name):
@@ -129,8 +165,12 @@ def _fit(model: nn.Module, record: PruneRecord) -> None:
             if not (positions and ascending and positions[0] >= 0 and positions[-1] < size):
                 raise HistoryError(f"The history keeps impossible positions of {name}; the checkpoint is damaged.")
     for name, values in record.attributes.items():
-        if name not in modules or not all(hasattr(modules[name], key) for key in values):
+        if name not in modules or not all(key in modules[name].__dict__ for key in values):
             raise HistoryError(f"The history sets sizes of the module {name!r}, which the model does not have.")
+    if attributes_of(model, record.attributes) != record.before:
+        raise HistoryError(
+            "The history changes sizes that are not the model's. Build it with the arguments that it was trained with."
+        )
 
 
 def save_pruned(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -149,22 +189,49 @@ def save_pruned(model: nn.Module, path: str | os.PathLike[str]) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def load_pruned(model: Model, path: str | os.PathLike[str]) -> Model:
-    """Load a pruned checkpoint into a freshly built dense model.
+def load_pruned(model: Model | type[Model], path: str | os.PathLike[str], **arguments: Any) -> Model:
+    """Load a pruned checkpoint into a model.
 
     Args:
-        model: The dense model, built as it was for training; changed in place.
-        path: A checkpoint that a Trainer with a prune callback, or `save_pruned`, has written.
+        model: A model built as it was for training, dense or pruned, which is changed in place; or its class, which
+            is called with the hyper-parameters that the checkpoint holds.
+        path: A checkpoint that a Trainer with a prune callback, or `save_pruned`, has written. It is read as weights
+            and plain data only: no code in it runs.
+        **arguments: What the class is called with in place of the checkpoint's hyper-parameters of these names.
 
     Returns:
-        The model, cut to the shapes of the checkpoint and with its weights.
+        The model, in the shapes of the checkpoint and with its weights.
 
     Raises:
-        HistoryError: The file is no such checkpoint, or does not fit the model.
+        HistoryError: The file is no such checkpoint, or does not fit the model, which is then unchanged.
     """
+    checkpoint = _read(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         state, plain = checkpoint["state_dict"], checkpoint[KEY]
+        hyper = _arguments(checkpoint) if isinstance(model, type) else {}
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise HistoryError(
+            f"{path} is no checkpoint with a pruning history ({type(error).__name__}: {error}). Save with a prune "
+            "callback in the Trainer, or with `save_pruned`."
+        ) from error
+    records = from_plain(plain)
+    built = model(**_accepted(model, {**hyper, **arguments})) if isinstance(model, type) else model
+    undo = reach(built, records)
+    try:
+        _check_weights(unwrapped(built), state)
+        unwrapped(built).load_state_dict(state)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        undo()
+        raise HistoryError(f"The weights of {path} do not fit the model: {error}") from error
+    except BaseException:
+        undo()
+        raise
+    return built
+
+
+def _read(path: str | os.PathLike[str]) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except UnpicklingError as error:
@@ -175,13 +242,30 @@ def load_pruned(model: Model, path: str | os.PathLike[str]) -> Model:
             "keep objects out of its hyper-parameters (`save_hyperparameters(ignore=...)`) and save it again."
         ) from error
     except Exception as error:
-        raise HistoryError(
-            f"{path} is no checkpoint with a pruning history ({type(error).__name__}: {error}). Save with a prune "
-            "callback in the Trainer, or with `save_pruned`."
-        ) from error
-    replay(model, from_plain(plain))
-    try:
-        unwrapped(model).load_state_dict(state)
-    except (RuntimeError, TypeError) as error:
-        raise HistoryError(f"The weights of {path} do not fit the model: {error}") from error
-    return model
+        raise HistoryError(f"{path} is no checkpoint: it is damaged, or of another kind ({error}).") from error
+
+
+def _arguments(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hyper-parameters as the model's class was called with them."""
+    hyper = dict(checkpoint.get("hyper_parameters", {}))
+    name = checkpoint.get("hparams_name", "kwargs")
+    return hyper if name == "kwargs" else {str(name): hyper}
+
+
+def _accepted(kind: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what the class does not take."""
+    parameters = inspect.signature(kind).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return dict(arguments)
+    return {name: value for name, value in arguments.items() if name in parameters}
+
+
+def _check_weights(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """See that all weights fit before the first of them is written."""
+    own = model.state_dict()
+    if own.keys() != state.keys():
+        missing, foreign = sorted(own.keys() - state.keys())[:3], sorted(state.keys() - own.keys())[:3]
+        raise ValueError(f"missing {missing}, unexpected {foreign}")
+    for name, tensor in own.items():
+        if isinstance(tensor, torch.Tensor) and tensor.shape != state[name].shape:
+            raise ValueError(f"{name} is {tuple(state[name].shape)} there and {tuple(tensor.shape)} here")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rich.console import Console
 from rich.progress import track
@@ -18,7 +18,7 @@ from lightning_prune.graph import Graph, check_model, read
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.lessons import Lessons, kinds_of
 from lightning_prune.rectangles import check_heads
-from lightning_prune.tensors import named_tensors, unwrapped
+from lightning_prune.tensors import attributes_of, named_tensors, unwrapped
 from lightning_prune.types import UNITS, Change, Heads, PruneRecord, PruningPlan, Unit
 from lightning_prune.verification import Trial, verify
 
@@ -147,7 +147,9 @@ def draft_cut(model: nn.Module, example_inputs: ExampleInputs, request: Request)
         plan = _plan(model, graph, scores, request, baseline, lessons)
         trial = verify(model, graph, plan, prepare(model, graph, plan), lessons.mended)
         if not trial.refused:
-            return Draft(trial.cut, _record(model, graph, plan, trial, request, baseline, lessons.refused))
+            cut = replace(trial.cut, before=attributes_of(model, trial.cut.attributes))
+            record = _record(model, graph, plan, replace(trial, cut=cut), request, baseline, lessons.refused)
+            return Draft(cut, record)
         lessons.learn(trial, plan, scores, kinds_of(model, graph.groups))
 
 
@@ -261,4 +263,5 @@ def _record(
         shapes=cut.shapes,
         kept={name: {dim: tuple(kept.tolist()) for dim, kept in dims.items()} for name, dims in cut.kept.items()},
         attributes=cut.attributes,
+        before=cut.before,
     )

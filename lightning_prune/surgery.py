@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.cut import Cut, cut_tensor, prepare
+from lightning_prune.cut import Cut, cut_tensor, prepare, uncut_tensor
 from lightning_prune.errors import SurgeryError
 from lightning_prune.graph import Graph
 from lightning_prune.tensors import named_modules, named_tensors, set_attributes, with_own_train
@@ -42,51 +44,107 @@ def remove(model: nn.Module, graph: Graph, plan: PruningPlan) -> Cut:
     return trial.cut
 
 
-def apply(model: nn.Module, cut: Cut, notes: Mapping[str, object] | None = None) -> None:
+Undo: TypeAlias = Callable[[], None]
+"""Takes back what was done."""
+
+
+@contextmanager
+def together() -> Iterator[list[Undo]]:
+    """Take back all that was done inside, the latest first, if any of it fails; add an `Undo` to the list for each."""
+    done: list[Undo] = []
+    try:
+        yield done
+    except BaseException:
+        for undo in reversed(done):
+            undo()
+        raise
+
+
+def apply(model: nn.Module, cut: Cut, notes: Mapping[str, object] | None = None) -> Undo:
     """Make all new tensors, then put them in their places; if anything fails, everything is what it was.
 
     Args:
         model: The model, changed in place.
         cut: What is done.
         notes: Entries of the model's `__dict__` that are set together with the cut.
+
+    Returns:
+        What takes the cut back.
     """
+    return _exchange_all(
+        model, cut, lambda tensor, name: cut_tensor(tensor, cut.kept[name]), cut.attributes, notes or {}
+    )
+
+
+def revert(model: nn.Module, cut: Cut, notes: Mapping[str, object] | None = None) -> Undo:
+    """Give a model the shapes and attributes that it had before a cut; what had gone comes back as zeros.
+
+    Args:
+        model: The model, changed in place.
+        cut: What was done.
+        notes: Entries of the model's `__dict__` that are set together with it.
+
+    Returns:
+        What does the cut again, with the weights that there are now.
+    """
+    return _exchange_all(
+        model, cut, lambda tensor, name: uncut_tensor(tensor, cut.kept[name], cut.shapes[name]), cut.before, notes or {}
+    )
+
+
+def _exchange_all(
+    model: nn.Module,
+    cut: Cut,
+    change: Callable[[Tensor, str], Tensor],
+    attributes: Attributes,
+    notes: Mapping[str, object],
+) -> Undo:
     tensors = {name: tensor for name, tensor in named_tensors(model).items() if name in cut.kept}
     with torch.inference_mode(False), torch.no_grad():
-        smaller = {name: cut_tensor(tensor, cut.kept[name]) for name, tensor in tensors.items()}
+        data = {name: change(tensor, name) for name, tensor in tensors.items()}
         gradients = {
-            name: cut_tensor(tensor.grad, cut.kept[name]) for name, tensor in tensors.items() if tensor.grad is not None
+            name: change(tensor.grad, name)
+            for name, tensor in tensors.items()
+            if tensor.grad is not None
         }
-        _put_in_place(model, tensors, smaller, gradients, cut.attributes, notes or {})
+        return _put_in_place(model, tensors, data, gradients, attributes, notes)
 
 
 def _put_in_place(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
-    smaller: Mapping[str, Tensor],
+    data: Mapping[str, Tensor],
     gradients: Mapping[str, Tensor],
     attributes: Attributes,
     notes: Mapping[str, object],
-) -> None:
+) -> Undo:
     modules = named_modules(model)
     own = dict(model.__dict__)
     before = {name: (tensor.data, tensor.grad) for name, tensor in tensors.items()}
     sizes = {name: {key: getattr(modules[name], key) for key in values} for name, values in attributes.items()}
-    try:
-        for name, data in smaller.items():
-            _exchange(tensors[name], data, gradients.get(name))
-        for name, values in attributes.items():
-            set_attributes(modules[name], values)
-        _forget_what_was_computed(model)
-        model.__dict__.update(notes)
-    except BaseException:
-        for name, (data, gradient) in before.items():
-            _exchange(tensors[name], data, gradient)
+
+    def undo() -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            for name, (old, gradient) in before.items():
+                _exchange(tensors[name], old, gradient)
         for name, values in sizes.items():
             modules[name].__dict__.update(values)
         for key in notes:
             model.__dict__.pop(key, None)
         model.__dict__.update({key: own[key] for key in notes if key in own})
+        _forget_what_was_computed(model)
+
+    try:
+        for name, new in data.items():
+            _exchange(tensors[name], new, gradients.get(name))
+        for name, values in attributes.items():
+            set_attributes(modules[name], values)
+        _forget_what_was_computed(model)
+        model.__dict__.update(notes)
+    except BaseException:
+        undo()
         raise
+    return undo
 
 
 def _forget_what_was_computed(model: nn.Module) -> None:

@@ -81,6 +81,16 @@ def tensor_at(model: nn.Module, name: str) -> Tensor:
     return tensor
 
 
+def attributes_of(model: nn.Module, names: Attributes) -> Attributes:
+    """Return the values that the attributes named in a mapping have now."""
+    modules = named_modules(model)
+    return {name: {key: _plain(getattr(modules[name], key)) for key in values} for name, values in names.items()}
+
+
+def _plain(value: Any) -> int | tuple[int, ...]:
+    return tuple(value) if isinstance(value, (list, tuple)) else int(value)
+
+
 def set_attributes(module: nn.Module, values: Mapping[str, int | tuple[int, ...]]) -> None:
     """Set sizes that a module keeps; a list stays a list."""
     for key, value in values.items():

@@ -133,6 +133,7 @@ class PruneRecord:
         shapes: The shapes before the cut of every tensor that was cut.
         kept: What stayed of these tensors; with `attributes` enough to do the cut again.
         attributes: The module attributes that hold sizes, and their new values.
+        before: The values that they had; with `shapes` and `kept` enough to take the cut back.
         epoch: When the cut happened, where there is a trainer.
         step: The optimizer step before which it happened, where there is a trainer.
     """
@@ -147,6 +148,7 @@ class PruneRecord:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     kept: Mapping[str, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
     attributes: Attributes = field(default_factory=dict)
+    before: Attributes = field(default_factory=dict)
     epoch: int | None = None
     step: int | None = None
 

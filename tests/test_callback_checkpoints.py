@@ -154,13 +154,29 @@ def test_a_cut_model_may_be_resumed_in_place(tmp_path: Path) -> None:
     assert equal(module.state_dict(), expected)
 
 
-def test_an_earlier_checkpoint_into_a_cut_model_is_refused_with_the_way_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_an_earlier_checkpoint_brings_the_larger_network_back(
+    tmp_path: Path, method: Callable[[], PruneCallback]
+) -> None:
+    """After the fit, the best network may be one from before the cuts."""
+    module, dense = Module(), Module()
+    made = fit(module, method(), all_epochs(tmp_path))
+    fit(dense, method(), max_epochs=1)
+    for epoch in (0, 3, 6, 0):
+        (found,) = made.validate(module, ckpt_path=tmp_path / f"{epoch}.ckpt", verbose=False)
+        assert len(history_of(module)) == sum(cut <= epoch for cut in CUTS)
+        assert equal(module.state_dict(), read(tmp_path / f"{epoch}.ckpt")["state_dict"])
+    assert equal(module.state_dict(), dense.state_dict())
+    (metrics,) = trainer().validate(dense, verbose=False)
+    assert metrics == found
+
+
+def test_the_fit_goes_on_from_an_earlier_checkpoint(tmp_path: Path) -> None:
     module = Module()
-    made = fit(module, METHODS["magnitude"](), all_epochs(tmp_path))
-    before = deepcopy(module.state_dict())
-    with pytest.raises(HistoryError, match=r"has been through 2 cuts that are not the first.*Build a dense model"):
-        made.validate(module, ckpt_path=tmp_path / "0.ckpt", verbose=False)
-    assert equal(module.state_dict(), before)
+    fit(module, METHODS["magnitude"](), all_epochs(tmp_path))
+    expected = deepcopy(module.state_dict())
+    fit(module, METHODS["magnitude"](), ckpt=tmp_path / "1.ckpt")
+    assert equal(module.state_dict(), expected)
 
 
 def test_events_that_a_resumed_fit_has_missed_are_made_up_for(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """Lightning callbacks: the engine, and a preset for each method."""
 
 from lightning_prune.callbacks.base import PruneCallback
+from lightning_prune.callbacks.checkpoints import PrunedStateMixin
 from lightning_prune.callbacks.magnitude import MagnitudePruneCallback
 from lightning_prune.callbacks.monitor import SparsityMonitor
 from lightning_prune.callbacks.slimming import BNSlimmingCallback
 
-__all__ = ["BNSlimmingCallback", "MagnitudePruneCallback", "PruneCallback", "SparsityMonitor"]
+__all__ = ["BNSlimmingCallback", "MagnitudePruneCallback", "PruneCallback", "PrunedStateMixin", "SparsityMonitor"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from functools import partial
 from math import ceil
 from typing import Any
 
@@ -20,6 +19,7 @@ from typing_extensions import override
 from lightning_prune import history, optimizers
 from lightning_prune.allocation import Allocation, Limits, Uniform
 from lightning_prune.callbacks.averages import averaged_copies
+from lightning_prune.callbacks.checkpoints import follow_checkpoints
 from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.pruner import Draft, Request, draft_cut
@@ -87,7 +87,7 @@ class PruneCallback(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        _follow_checkpoints(pl_module)
+        follow_checkpoints(pl_module)
         if stage != "fit":
             return
         if not isinstance(trainer.strategy, SingleDeviceStrategy):
@@ -230,26 +230,3 @@ def _told(value: object) -> str:
     if callable(value) and not isinstance(value, type) and hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
     return repr(value) if type(value).__repr__ is not object.__repr__ else f"{type(value).__name__}{vars(value)}"
-
-
-def _follow_checkpoints(pl_module: pl.LightningModule) -> None:
-    """Write the history into every checkpoint, and cut the module to a checkpoint's shapes before its weights load.
-
-    A callback's own hooks do not do: saving weights only skips them, and for loading they come too late. These stay
-    with the module, so that it is saved with its history whatever Trainer it meets next.
-    """
-    pl_module.__dict__.setdefault("on_save_checkpoint", partial(_save_with_history, pl_module))
-    pl_module.__dict__.setdefault("on_load_checkpoint", partial(_replay_then_load, pl_module))
-
-
-def _save_with_history(pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-    checkpoint[history.KEY] = history.to_plain(history.history_of(pl_module))
-    type(pl_module).on_save_checkpoint(pl_module, checkpoint)
-
-
-def _replay_then_load(pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-    records = history.from_plain(checkpoint.get(history.KEY, []))
-    copies = averaged_copies(pl_module._trainer) if pl_module._trainer is not None else ()
-    for network in (pl_module, *copies):
-        history.replay(network, records)
-    type(pl_module).on_load_checkpoint(pl_module, checkpoint)

@@ -1,0 +1,81 @@
+"""Checkpoints that know their shape: the history lies in each of them, and comes before the weights when they load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+
+from lightning_prune import history
+from lightning_prune.callbacks.averages import averaged_copies
+
+
+def follow_checkpoints(pl_module: pl.LightningModule) -> None:
+    """Write the history into every checkpoint, and cut the module to a checkpoint's shapes before its weights load.
+
+    A callback's own hooks do not do: saving weights only skips them, and for loading they come too late. These stay
+    with the module, so that it is saved with its history whatever Trainer it meets next.
+    """
+    pl_module.__dict__.setdefault("on_save_checkpoint", partial(_save_with_history, pl_module))
+    pl_module.__dict__.setdefault("on_load_checkpoint", partial(_reach_then_load, pl_module))
+
+
+def _save_with_history(pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    checkpoint[history.KEY] = history.to_plain(history.history_of(pl_module))
+    type(pl_module).on_save_checkpoint(pl_module, checkpoint)
+
+
+def _reach_then_load(pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    records = history.from_plain(checkpoint.get(history.KEY, []))
+    copies = averaged_copies(pl_module._trainer) if pl_module._trainer is not None else ()
+    for network in (pl_module, *copies):
+        history.reach(network, records)
+    type(pl_module).on_load_checkpoint(pl_module, checkpoint)
+
+
+if TYPE_CHECKING:
+    _Base = pl.LightningModule
+else:
+    _Base = object
+
+
+class PrunedStateMixin(_Base):
+    """For a LightningModule whose weights bring their shapes along, wherever they are loaded.
+
+    With a prune callback in the Trainer, `fit`, `validate`, `test` and `predict` need nothing more. This mixin makes
+    `load_from_checkpoint` and `load_state_dict` do the same, and strategies that start processes of their own
+    (`ddp_spawn`, `ddp_fork`), which bring the weights back into a dense module.
+
+    Example:
+        >>> class Net(PrunedStateMixin, pl.LightningModule):
+        ...     def __init__(self) -> None:
+        ...         super().__init__()
+        ...         self.layers = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    """
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the history."""
+        checkpoint[history.KEY] = history.to_plain(history.history_of(self))
+        super().on_save_checkpoint(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Reach the checkpoint's shapes."""
+        history.reach(self, history.from_plain(checkpoint.get(history.KEY, [])))
+        super().on_load_checkpoint(checkpoint)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the weights, with the history among what torch notes about them."""
+        state = super().state_dict(*args, **kwargs)
+        if hasattr(state, "_metadata"):
+            own = kwargs.get("prefix", args[1] if len(args) > 1 else "")[:-1]
+            state._metadata.setdefault(own, {})[history.KEY] = history.to_plain(history.history_of(self))
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Reach the shapes of the weights, then load them."""
+        plain = getattr(state_dict, "_metadata", {}).get("", {}).get(history.KEY)
+        if plain is not None:
+            history.reach(self, history.from_plain(plain))
+        return super().load_state_dict(state_dict, *args, **kwargs)
