@@ -87,14 +87,15 @@ def staircase(schedule: Schedule, steps: int) -> Schedule:
     return lambda progress: schedule(floor(progress * steps + 1e-9) / steps)
 
 
-def events(schedule: Schedule, begin: int, end: int, every: int = 1) -> dict[int, float]:
-    """Lay a schedule out over epochs.
+def events(schedule: Schedule, begin: int, end: int, every: int = 1, unit: str = "epoch") -> dict[int, float]:
+    """Lay a schedule out over epochs, or over steps.
 
     Args:
         schedule: The curve.
         begin: First epoch, counted from 0, where progress is 0; if it equals `end`, everything happens there.
         end: Last epoch, where progress is 1.
         every: Epochs between events; the last event is at `end` in any case.
+        unit: What is counted, for the messages.
 
     Returns:
         Epoch -> share of the pruning ratio that is reached from then on; epochs where it does not rise are left out.
@@ -108,9 +109,10 @@ def events(schedule: Schedule, begin: int, end: int, every: int = 1) -> dict[int
     {3: 1.0}
     """
     if not 0 <= begin <= end:
-        raise ValueError(f"`begin` and `end` are epochs with 0 <= begin <= end; got begin={begin}, end={end}.")
+        raise ValueError(f"`begin` and `end` are {unit}s with 0 <= begin <= end; got begin={begin}, end={end}.")
     if every < 1:
-        raise ValueError(f"`every` is the number of epochs between prune events, at least 1; got {every}.")
+        name = "every" if unit == "epoch" else f"every_n_{unit}s"
+        raise ValueError(f"`{name}` is the number of {unit}s between prune events, at least 1; got {every}.")
     epochs = sorted({*range(begin, end, every), end})
     shares = [schedule((epoch - begin) / (end - begin) if end > begin else 1.0) for epoch in epochs]
     rising = all(later >= sooner - 1e-9 for sooner, later in pairwise([0.0, *shares]))

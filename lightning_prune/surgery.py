@@ -102,11 +102,7 @@ def _exchange_all(
     tensors = {name: tensor for name, tensor in named_tensors(model).items() if name in cut.kept}
     with torch.inference_mode(False), torch.no_grad():
         data = {name: change(tensor, name) for name, tensor in tensors.items()}
-        gradients = {
-            name: change(tensor.grad, name)
-            for name, tensor in tensors.items()
-            if tensor.grad is not None
-        }
+        gradients = {name: change(tensor.grad, name) for name, tensor in tensors.items() if tensor.grad is not None}
         return _put_in_place(model, tensors, data, gradients, attributes, notes)
 
 

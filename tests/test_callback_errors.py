@@ -12,6 +12,7 @@ import pytest
 import torch
 from fits import EXAMPLE, Module, equal, network, trainer, widths
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
@@ -43,6 +44,9 @@ CALLBACKS: list[Callable[..., PruneCallback]] = [PruneCallback, MagnitudePruneCa
         ({"begin": -1}, r"got begin=-1"),
         ({"end": -3}, r"end=-3"),
         ({"every": 0}, r"`every` is the number of epochs between prune events, at least 1; got 0"),
+        ({"every_n_steps": 0}, r"`every_n_steps` is the number of steps between prune events, at least 1; got 0"),
+        ({"every_n_steps": 5, "begin": 9, "end": 8}, r"`begin` and `end` are steps with 0 <= begin <= end"),
+        ({"every": 2, "every_n_steps": 5}, r"`every` counts epochs and `every_n_steps` optimizer steps; got 2 and 5"),
         ({"schedule": lambda t: 1 - t, "begin": 0, "end": 2}, r"`schedule` must rise .* \[1.0, 0.5, 0.0\]"),
         ({"min_channels": 0}, r"`min_channels` is what each group keeps at least, 1 or more; got 0"),
         ({"round_to": 0}, r"`round_to` is the multiple .* 1 or more; got 0"),
@@ -226,7 +230,7 @@ def test_a_begin_by_default_after_a_given_end() -> None:
 
 def test_without_max_epochs_both_ends_are_needed() -> None:
     with pytest.raises(
-        MisconfigurationException, match=r"over `max_epochs`, which is -1\. Set Trainer\(max_epochs=\.\.\.\)"
+        MisconfigurationException, match=r"over the epochs of the fit, and nobody .* Set Trainer\(max_epochs=\.\.\.\)"
     ):
         trainer(PruneCallback(0.5, begin=1), max_epochs=-1, max_steps=12).fit(Module())
     module = Module()
@@ -238,11 +242,14 @@ def test_without_max_epochs_both_ends_are_needed() -> None:
 
 
 @pytest.mark.parametrize("make", CALLBACKS)
-def test_several_devices_are_refused_by_name(make: Callable[..., PruneCallback]) -> None:
-    fit = trainer(strategy="ddp", devices=2)
+@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
+def test_strategies_that_spread_the_network_are_refused_by_name(
+    make: Callable[..., PruneCallback], kind: type[Strategy]
+) -> None:
+    fit = trainer()
+    fit.strategy.__class__ = kind
     with pytest.raises(
-        MisconfigurationException,
-        match=rf"{make.__name__} .*got the strategy DDPStrategy\. Use Trainer\(devices=1\), or",
+        MisconfigurationException, match=rf"{make.__name__} .*strategy {kind.__name__},.*`lightning_prune\.prune` in"
     ):
         make(0.5).setup(fit, Module(), "fit")
 

@@ -62,7 +62,7 @@ def test_allocations_can_be_chosen_for_every_method(name: str, method: str) -> N
 @pytest.mark.parametrize("name", names("schedule"))
 def test_schedules_fire(name: str) -> None:
     callback = instantiate(composed("method=magnitude", f"schedule={name}").method)
-    curve: Callable[[float], float] = callback.schedule
+    curve: Callable[[float], float] = callback.timing.schedule
     assert max(events(curve, 2, 8).values()) == pytest.approx(1.0)
 
 

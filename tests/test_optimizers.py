@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from functools import partial
@@ -270,10 +271,35 @@ def test_training_goes_on_after_state_was_dropped() -> None:
 # the check
 
 
-def test_check_refuses_lbfgs() -> None:
+def test_lbfgs_forgets_its_curvature_with_a_warning_and_goes_on() -> None:
     net = network()
-    with pytest.raises(PruningError, match="LBFGS keeps one flat history"):
-        optimizers.check([LBFGS(net.parameters())], net)
+    optimizer = LBFGS(net.parameters(), max_iter=3)
+    take_steps(net, optimizer)
+    optimizers.check([optimizer], net)
+    with pytest.warns(UserWarning, match="LBFGS keeps one flat history .* it was dropped"):
+        undo = optimizers.rebuild(optimizer, net, cut_net(net))
+    twin = deepcopy(net)
+    take_steps(net, optimizer)
+    take_steps(twin, LBFGS(twin.parameters(), max_iter=3))
+    assert all(torch.equal(left, right) for left, right in zip(net.parameters(), twin.parameters(), strict=True))
+    undo()
+    assert any(optimizer.state.values())
+
+
+def test_lbfgs_before_its_first_step_is_quiet() -> None:
+    net = network()
+    optimizer = LBFGS(net.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizers.rebuild(optimizer, net, cut_net(net))
+
+
+@pytest.mark.parametrize("name", ["ZeroRedundancyOptimizer", "PostLocalSGDOptimizer"])
+def test_check_refuses_state_that_is_spread_over_processes(name: str) -> None:
+    net = network()
+    spread = type(name, (SGD,), {})(net.parameters(), lr=0.1)
+    with pytest.raises(PruningError, match=f"{name} spreads its state over the processes.*use the optimizer inside"):
+        optimizers.check([spread], net)
 
 
 def test_check_refuses_a_foreign_parameter() -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from math import ceil
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from torch.optim import Optimizer
@@ -20,19 +19,27 @@ from lightning_prune import history, optimizers
 from lightning_prune.allocation import Allocation, Limits, Uniform
 from lightning_prune.callbacks.averages import averaged_copies
 from lightning_prune.callbacks.checkpoints import follow_checkpoints
+from lightning_prune.callbacks.ranks import agreed, check_strategy, without_reducer
+from lightning_prune.callbacks.signals import signals_wait
+from lightning_prune.callbacks.timing import Timing
 from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.pruner import Draft, Request, draft_cut
 from lightning_prune.report import history_table, record_table
-from lightning_prune.schedules import Schedule, events, one_shot
+from lightning_prune.schedules import Schedule, one_shot
+from lightning_prune.surgery import together
 from lightning_prune.types import Heads, PruneRecord, Unit
+
+_TOLD = 8
+"""So many prune events are told before the fit."""
 
 
 class PruneCallback(pl.Callback):
-    """Cuts channels out of the network while it trains, on a schedule of epochs.
+    """Cuts channels out of the network while it trains, on a schedule of epochs or of optimizer steps.
 
-    A cut falls at the start of an epoch, so that every checkpoint holds the network whose score it bears. The
-    network that is read is the LightningModule's `forward`, on its `example_input_array` or else on the first batch.
+    A cut falls at the start of an epoch, or with `every_n_steps` before a step, so that every checkpoint holds the
+    network whose score it bears. The network that is read is the LightningModule's `forward`, on its
+    `example_input_array` or else on the batch at hand. Several processes (DDP) take the plan of the first.
 
     Args:
         pruning_ratio: Fraction to be gone in the end, counted against the dense model, in [0, 1).
@@ -43,6 +50,8 @@ class PruneCallback(pl.Callback):
         begin: Epoch of progress 0, counted from 0; a third of `max_epochs` if None.
         end: Epoch of progress 1; two thirds of `max_epochs` if None.
         every: Epochs between prune events.
+        every_n_steps: Optimizer steps (`trainer.global_step`) between prune events, in place of epochs. `begin` and
+            `end` count steps then, and are thirds of all steps of the fit if None.
         ignore: Patterns of module names that are not to be touched.
         heads: How attention heads are cut: "whole", "inside" or "keep" (see `find_groups`).
         min_channels: Channels that each group keeps at least.
@@ -63,6 +72,7 @@ class PruneCallback(pl.Callback):
         begin: int | None = None,
         end: int | None = None,
         every: int = 1,
+        every_n_steps: int | None = None,
         ignore: Sequence[str] = (),
         heads: Heads = "whole",
         min_channels: int = 1,
@@ -72,8 +82,7 @@ class PruneCallback(pl.Callback):
         self.request = Request(
             pruning_ratio, of, criterion or Magnitude(), allocation or Uniform(), ignore, heads, limits
         )
-        self.schedule, self.begin, self.end, self.every = schedule, begin, end, every
-        events(schedule, begin or 0, max(begin or 0, 0) if end is None else end, every)
+        self.timing = Timing(schedule, begin, end, every, every_n_steps)
         self.events: dict[int, float] = {}
         self._done = -1
         self._checked = False
@@ -81,51 +90,41 @@ class PruneCallback(pl.Callback):
     @property
     @override
     def state_key(self) -> str:
-        asked = {field.name: getattr(self.request, field.name) for field in fields(self.request)}
-        when = {"schedule": self.schedule, "begin": self.begin, "end": self.end, "every": self.every}
-        return self._generate_state_key(**{name: _told(value) for name, value in (asked | when).items()})
+        return self._generate_state_key(
+            **{name: _told(value) for part in (self.request, self.timing) for name, value in vars(part).items()}
+        )
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         follow_checkpoints(pl_module)
         if stage != "fit":
             return
-        if not isinstance(trainer.strategy, SingleDeviceStrategy):
-            raise MisconfigurationException(
-                f"{type(self).__name__} cuts on one device so far; got the strategy "
-                f"{type(trainer.strategy).__name__}. Use Trainer(devices=1), or `lightning_prune.prune` before the fit."
-            )
-        self.events = self._lay_out(trainer.max_epochs)
+        check_strategy(trainer, pl_module, type(self).__name__)
         self._checked = False
         if trainer.current_epoch == 0:
             self._done = -1
-        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-            self._check_reach(trainer, trainer.max_epochs, f"max_epochs={trainer.max_epochs}")
+        if self.timing.unit == "epoch":
+            self._lay_out(trainer, f"max_epochs={trainer.max_epochs}")
 
-    def _lay_out(self, max_epochs: int | None) -> dict[int, float]:
-        """Return epoch -> share for this fit."""
-        unlimited = max_epochs is None or max_epochs < 0
-        if unlimited and (self.begin is None or self.end is None):
-            raise MisconfigurationException(
-                f"{type(self).__name__} lays its schedule out over `max_epochs`, which is {max_epochs}. "
-                "Set Trainer(max_epochs=...), or both `begin` and `end`."
-            )
-        begin = (max_epochs or 0) // 3 if self.begin is None else self.begin
-        end = max(begin, 2 * (max_epochs or 0) // 3) if self.end is None else self.end
-        return events(self.schedule, begin, end, self.every)
+    def _lay_out(self, trainer: pl.Trainer, limit: str) -> None:
+        """Lay the schedule out over the whole fit."""
+        length = self.timing.length(trainer)
+        self.events = self.timing.lay_out(length, type(self).__name__)
+        self._check_reach(trainer, length, limit)
 
-    def _check_reach(self, trainer: pl.Trainer, epochs: int, limit: str) -> None:
-        """Refuse a schedule that never fires within the epochs of the fit, and warn of one that does not end."""
-        reached = [share for epoch, share in self.events.items() if epoch < epochs]
+    def _check_reach(self, trainer: pl.Trainer, length: float, limit: str) -> None:
+        """Refuse a schedule that never fires within the fit, and warn of one that does not end."""
+        unit = self.timing.unit
+        reached = [share for moment, share in self.events.items() if moment < length]
         if trainer.fast_dev_run or len(reached) == len(self.events):  # type: ignore[attr-defined]
             return
         if not reached:
             raise MisconfigurationException(
-                f"The schedule of {type(self).__name__} never fires: its first event is at epoch {min(self.events)}, "
-                f"but {limit}, and epochs count from 0. Lower `begin` (now {self.begin}) or train for longer."
+                f"The schedule of {type(self).__name__} never fires: its first event is at {unit} {min(self.events)}, "
+                f"but {limit}, and {unit}s count from 0. Lower `begin` (now {self.timing.begin}) or train for longer."
             )
         rank_zero_warn(
-            f"The schedule of {type(self).__name__} ends at epoch {max(self.events)}, but {limit}: this fit reaches "
+            f"The schedule of {type(self).__name__} ends at {unit} {max(self.events)}, but {limit}: this fit reaches "
             f"only {reached[-1]:.0%} of pruning_ratio={self.request.pruning_ratio}. Lower `end`."
         )
 
@@ -137,59 +136,72 @@ class PruneCallback(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         optimizers.check(map(unwrapped, trainer.optimizers), pl_module)
-        if trainer.max_steps >= 0 and isinstance(trainer.num_training_batches, int):
+        if self.timing.unit == "step":
+            self._lay_out(trainer, f"the fit has {self.timing.length(trainer)} steps")
+        elif trainer.max_steps >= 0 and isinstance(trainer.num_training_batches, int):
             steps = ceil(max(trainer.num_training_batches, 1) / trainer.accumulate_grad_batches)
             self._check_reach(trainer, ceil(trainer.max_steps / steps), f"max_steps={trainer.max_steps}")
         if pl_module.example_input_array is not None:
-            self._check_ahead(pl_module, pl_module.example_input_array)
+            self._check_ahead(trainer, pl_module, pl_module.example_input_array)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if pl_module.example_input_array is not None:
+        if pl_module.example_input_array is not None and self.timing.unit == "epoch":
             self._fire(trainer, pl_module, pl_module.example_input_array)
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if batch_idx == 0 and pl_module.example_input_array is None:
-            self._check_ahead(pl_module, batch)
-            self._fire(trainer, pl_module, batch)
+        example = batch if pl_module.example_input_array is None else pl_module.example_input_array
+        self._check_ahead(trainer, pl_module, example)
+        if self.timing.unit == "step":
+            if batch_idx % trainer.accumulate_grad_batches == 0:
+                self._fire(trainer, pl_module, example)
+        elif batch_idx == 0 and example is batch:
+            self._fire(trainer, pl_module, example)
 
-    def _check_ahead(self, pl_module: pl.LightningModule, example: ExampleInputs) -> None:
+    def _check_ahead(self, trainer: pl.Trainer, pl_module: pl.LightningModule, example: ExampleInputs) -> None:
         """Plan the whole pruning once before the first step, so that what is wrong shows before time is spent."""
         if not self._checked and not self.is_finished:
-            record = draft_cut(pl_module, example, self.request).record
-            epochs = ", ".join(
-                f"{epoch} ({share * self.request.pruning_ratio:.1%})" for epoch, share in self.events.items()
-            )
-            rank_zero_info(f"{type(self).__name__}: prune events at epochs {epochs}; at present weights: {record}")
+            record = agreed(trainer, pl_module, lambda: draft_cut(pl_module, example, self.request)).record
+            shares = [f"{at} ({share * self.request.pruning_ratio:.1%})" for at, share in self.events.items()]
+            told = ", ".join(shares if len(shares) <= _TOLD else [*shares[: _TOLD - 1], "...", shares[-1]])
+            unit = self.timing.unit
+            rank_zero_info(f"{type(self).__name__}: prune events at {unit}s {told}; at present weights: {record}")
             _tell_shortfall(record)
         self._checked = True
 
     def _fire(self, trainer: pl.Trainer, pl_module: pl.LightningModule, example: ExampleInputs) -> None:
         """Cut if an event is due; one that a resumed fit has missed is made up for."""
-        due = [epoch for epoch in self.events if self._done < epoch <= trainer.current_epoch]
+        due = [moment for moment in self.events if self._done < moment <= self.timing.now(trainer)]
         if due:
             ratio = self.events[due[-1]] * self.request.pruning_ratio
-            draft = draft_cut(pl_module, example, replace(self.request, pruning_ratio=ratio))
-            self._cut(trainer, pl_module, draft)
-            self._done = due[-1]
+            request = replace(self.request, pruning_ratio=ratio)
+            draft = agreed(trainer, pl_module, lambda: draft_cut(pl_module, example, request))
+            record = replace(draft.record, epoch=trainer.current_epoch, step=trainer.global_step)
+            with signals_wait():
+                self._cut(trainer, pl_module, replace(draft, record=record))
+                self._done = due[-1]
+            self._tell(trainer, record)
 
     def _cut(self, trainer: pl.Trainer, pl_module: pl.LightningModule, draft: Draft) -> None:
-        """Cut, let optimizers and averaged copies follow, verify, log, and append to the history."""
-        record = replace(draft.record, epoch=trainer.current_epoch, step=trainer.global_step)
+        """Cut the network and its averaged copies, and let the optimizers follow: all of it, or nothing."""
         every = [unwrapped(optimizer) for optimizer in trainer.optimizers]
         optimizers.check(every, pl_module)
-        for network in (pl_module, *averaged_copies(trainer)):
-            history.commit(network, draft.cut, record)
-        for optimizer in every:
-            optimizers.rebuild(optimizer, pl_module, draft.cut)
-        optimizers.check(every, pl_module)
-        rank_zero_info(f"{type(self).__name__}, epoch {record.epoch}: {record}")
+        with without_reducer(trainer), together() as steps:
+            for network in (pl_module, *averaged_copies(trainer)):
+                steps.append(history.commit(network, draft.cut, draft.record))
+            for optimizer in every:
+                steps.append(optimizers.rebuild(optimizer, pl_module, draft.cut))
+            optimizers.check(every, pl_module)
+
+    def _tell(self, trainer: pl.Trainer, record: PruneRecord) -> None:
+        moment = f"{self.timing.unit} {self.timing.now(trainer)}"
+        rank_zero_info(f"{type(self).__name__}, {moment}: {record}")
         _tell_shortfall(record)
         if _shows_tables(trainer):
-            Console().print(record_table(record, f"{type(self).__name__}, epoch {record.epoch}"))
+            Console().print(record_table(record, f"{type(self).__name__}, {moment}"))
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -1,0 +1,81 @@
+"""When prune events happen: laid out over the epochs of a fit, or over its optimizer steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf, isfinite
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_prune.schedules import Schedule, events
+
+
+@dataclass(frozen=True)
+class Timing:
+    """When prune events happen.
+
+    Attributes:
+        schedule: Pure function from progress to the share of the ratio, see `lightning_prune.schedules`.
+        begin: Epoch or step of progress 0, counted from 0; a third of the fit if None.
+        end: Epoch or step of progress 1; two thirds of the fit if None.
+        every: Epochs between prune events.
+        every_n_steps: Optimizer steps between prune events; `begin` and `end` then count steps too.
+
+    Raises:
+        ValueError: A number is out of its range, `begin` lies after `end`, or both intervals are given.
+    """
+
+    schedule: Schedule
+    begin: int | None = None
+    end: int | None = None
+    every: int = 1
+    every_n_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.every_n_steps is not None and self.every != 1:
+            raise ValueError(
+                f"`every` counts epochs and `every_n_steps` optimizer steps; got {self.every} and "
+                f"{self.every_n_steps}. Leave one of them out."
+            )
+        begin = self.begin or 0
+        self._events(begin, max(begin, 0) if self.end is None else self.end)
+
+    @property
+    def unit(self) -> str:
+        """What events are counted in: "epoch" or "step"."""
+        return "epoch" if self.every_n_steps is None else "step"
+
+    def _events(self, begin: int, end: int) -> dict[int, float]:
+        interval = self.every if self.every_n_steps is None else self.every_n_steps
+        return events(self.schedule, begin, end, interval, self.unit)
+
+    def now(self, trainer: pl.Trainer) -> int:
+        """Return the epoch or the step that begins."""
+        return trainer.current_epoch if self.every_n_steps is None else trainer.global_step
+
+    def length(self, trainer: pl.Trainer) -> float:
+        """Return how many epochs or steps the fit has; infinity where nobody knows."""
+        if self.every_n_steps is not None:
+            return trainer.estimated_stepping_batches
+        return inf if trainer.max_epochs is None or trainer.max_epochs < 0 else trainer.max_epochs
+
+    def lay_out(self, length: float, who: str) -> dict[int, float]:
+        """Return the epochs or steps of all events -> the share of the ratio that is reached from then on.
+
+        Args:
+            length: Of the fit.
+            who: The callback's name, for the message.
+
+        Raises:
+            MisconfigurationException: The length is not known, and needed.
+        """
+        if not isfinite(length) and (self.begin is None or self.end is None):
+            limit = "max_epochs" if self.unit == "epoch" else "max_steps"
+            raise MisconfigurationException(
+                f"{who} lays its schedule out over the {self.unit}s of the fit, and nobody knows how many there will "
+                f"be. Set Trainer({limit}=...), or both `begin` and `end`."
+            )
+        begin = int(length) // 3 if self.begin is None else self.begin
+        end = max(begin, 2 * int(length) // 3) if self.end is None else self.end
+        return self._events(begin, end)
