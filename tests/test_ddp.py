@@ -1,0 +1,115 @@
+"""Several processes: one plan, one network, and an error on all of them where they disagree."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import ddp_fits
+import lightning.pytorch as pl
+import pytest
+import torch
+from fits import Module, trainer, widths
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_prune import history_of
+from lightning_prune.callbacks import MagnitudePruneCallback, PrunedStateMixin
+
+FAILING = {name: None for name in ddp_fits.FITS if name.startswith("a rank")}
+REFUSED = "static graph by hand"
+ENDED = [name for name in ddp_fits.FITS if name not in (*FAILING, REFUSED)]
+
+Ranks = tuple[dict[str, Any], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    """What became of all fits, on both ranks; they run once, for the processes take long to start."""
+    folder = tmp_path_factory.mktemp("ddp")
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, ddp_fits.__file__, str(folder)]
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "MASTER", "LOCAL_RANK"))}
+    ran = subprocess.run(
+        command, env={**clean, "PYTHONPATH": paths}, cwd=folder, timeout=300, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    first, second = (json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    return first, second
+
+
+@pytest.mark.parametrize("name", ENDED)
+def test_ranks_end_with_the_same_network(ranks: Ranks, name: str) -> None:
+    first, second = (rank[name] for rank in ranks)
+    assert "unexpected" not in first, first
+    assert {**first, "took": 0} == {**second, "took": 0}
+    assert sum(first["widths"]) == 8
+    assert first["finite"]
+    assert len(first["cuts"]) == (1 if name in ("slimming", "random") else 2)
+
+
+@pytest.mark.parametrize("name", [name for name in ENDED if name != "resumed"])
+def test_all_parameters_are_trained_after_the_cut(ranks: Ranks, name: str) -> None:
+    assert all(rank[name]["all parameters move"] for rank in ranks)
+
+
+def test_a_resumed_fit_is_the_unbroken_one(ranks: Ranks) -> None:
+    assert all(all(rank["resumed"]["resumed"].values()) for rank in ranks)
+
+
+def test_steps_are_cut_outside_of_accumulation_windows(ranks: Ranks) -> None:
+    assert ranks[0]["on steps"]["cuts"] == [[1, 5], [2, 8]]
+    assert ranks[0]["on steps, accumulated"]["cuts"] == [[2, 5], [4, 8]]
+
+
+@pytest.mark.parametrize(
+    ("name", "others", "own"),
+    [
+        ("a rank that fails", "PruningError: Nothing was cut: rank 1 failed: no sc", "RuntimeError: no scores on this"),
+        ("a rank with another plan", "PruningError: Nothing was cut: ranks 0 and 1 have different plans", None),
+        ("a rank with another network", "PruningError: Nothing was cut: ranks 0 and 1 hold different networks", None),
+    ],
+)
+def test_what_goes_wrong_on_one_rank_is_an_error_on_both(ranks: Ranks, name: str, others: str, own: str | None) -> None:
+    first, second = (rank[name] for rank in ranks)
+    assert first["error"].startswith(others)
+    assert second["error"].startswith(own or others)
+    assert max(first["seconds"], second["seconds"]) < 30
+
+
+def test_a_static_graph_by_hand_is_refused(ranks: Ranks) -> None:
+    assert all("static_graph=True the ranks drift apart" in rank[REFUSED]["error"] for rank in ranks)
+
+
+class Remembering(PrunedStateMixin, Module):
+    """Its weights bring their shapes back from other processes."""
+
+
+def spawned(module: pl.LightningModule, method: str) -> pl.Trainer:
+    strategy = DDPStrategy(start_method=method, process_group_backend="gloo")  # type: ignore[arg-type]
+    made = trainer(
+        MagnitudePruneCallback(0.5, begin=1, end=1), max_epochs=2, devices=2, strategy=strategy, limit_val_batches=0
+    )
+    made.fit(module)
+    return made
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_processes_that_lightning_starts_bring_the_cut_back(method: str) -> None:
+    module = Remembering(example=torch.zeros(2, 1, 6, 6))
+    spawned(module, method)
+    assert widths(module) == [4, 4]
+    assert len(history_of(module)) == 1
+    assert module(torch.zeros(2, 1, 6, 6)).shape == (2, 4)
+
+
+def test_without_the_mixin_they_are_refused_with_the_way_out() -> None:
+    made = trainer(devices=2, strategy=DDPStrategy(start_method="fork"))
+    made.strategy._configure_launcher()
+    with pytest.raises(MisconfigurationException, match=r"start_method='fork'.*Use strategy='ddp', or let Module inh"):
+        MagnitudePruneCallback(0.5).setup(made, Module(), "fit")
