@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
@@ -84,6 +85,28 @@ def test_the_best_file_holds_the_best_network(tmp_path: Path) -> None:
     loaded = load_pruned(Module(seed=9), keep.best_model_path)
     (metrics,) = trainer().validate(loaded, verbose=False)
     assert metrics["val_loss"] == pytest.approx(float(keep.best_model_score), abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("keep", "settings", "warned"),
+    [
+        ({"monitor": "val_loss", "save_on_train_epoch_end": True}, {"val_check_interval": 0.5}, True),
+        ({"monitor": "val_loss", "save_on_train_epoch_end": True}, {"check_val_every_n_epoch": 2}, True),
+        ({"monitor": "val_loss", "every_n_train_steps": 2}, {}, True),
+        ({"monitor": "val_loss", "save_on_train_epoch_end": True}, {}, False),
+        ({"monitor": "val_loss"}, {"val_check_interval": 0.5}, False),
+        ({"monitor": "train_loss", "every_n_train_steps": 2}, {}, False),
+        ({"every_n_train_steps": 2}, {}, False),
+    ],
+)
+def test_scores_from_before_a_cut_are_warned_about(
+    tmp_path: Path, keep: dict[str, Any], settings: dict[str, Any], warned: bool
+) -> None:
+    made = trainer(ModelCheckpoint(tmp_path, **keep), enable_checkpointing=True, **settings)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        METHODS["magnitude"]().setup(made, Module(), "fit")
+    assert any("saves between validations with the last 'val_loss'" in str(one.message) for one in caught) is warned
 
 
 # resuming

@@ -18,7 +18,7 @@ from typing_extensions import override
 from lightning_prune import history, optimizers
 from lightning_prune.allocation import Allocation, Limits, Uniform
 from lightning_prune.callbacks.averages import averaged_copies
-from lightning_prune.callbacks.checkpoints import follow_checkpoints
+from lightning_prune.callbacks.checkpoints import follow_checkpoints, warn_of_late_scores
 from lightning_prune.callbacks.ranks import agreed, check_strategy, without_reducer
 from lightning_prune.callbacks.signals import signals_wait
 from lightning_prune.callbacks.timing import Timing
@@ -100,6 +100,7 @@ class PruneCallback(pl.Callback):
         if stage != "fit":
             return
         check_strategy(trainer, pl_module, type(self).__name__)
+        warn_of_late_scores(trainer)
         self._checked = False
         if trainer.current_epoch == 0:
             self._done = -1

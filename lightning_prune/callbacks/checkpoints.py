@@ -7,6 +7,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_prune import history
 from lightning_prune.callbacks.averages import averaged_copies
@@ -33,6 +35,21 @@ def _reach_then_load(pl_module: pl.LightningModule, checkpoint: dict[str, Any]) 
     for network in (pl_module, *copies):
         history.reach(network, records)
     type(pl_module).on_load_checkpoint(pl_module, checkpoint)
+
+
+def warn_of_late_scores(trainer: pl.Trainer) -> None:
+    """Warn of checkpoints that are written long after the validation whose score they bear, with a cut in between."""
+    validated = trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1
+    for keep in trainer.checkpoint_callbacks:
+        if not isinstance(keep, ModelCheckpoint) or "val" not in (keep.monitor or ""):
+            continue
+        on_steps = keep._every_n_train_steps > 0 or keep._train_time_interval is not None
+        if on_steps or (keep._save_on_train_epoch_end and not validated):
+            rank_zero_warn(
+                f"A ModelCheckpoint saves between validations with the last {keep.monitor!r}: a file can hold a network "
+                "from after a cut with a score from before it. Let it save when validation ends: leave out "
+                "`save_on_train_epoch_end`, `every_n_train_steps` and `train_time_interval`."
+            )
 
 
 if TYPE_CHECKING:
