@@ -2,8 +2,8 @@
 
     python benchmarks/cut_in_fit.py [--model resnet50] [--repeats 3] [--out cut_in_fit.json]
 
-Seconds of the prune event beside those of 20 training steps on 8 images of 3 x 64 x 64, in the same fit, and the memory that
-the event takes beyond what the fit has in use when it begins, beside that of the model's parameters.
+Seconds of the prune event beside those of 20 training steps on 8 images of 3 x 64 x 64, in the same fit, and the
+memory that the event takes beyond what the fit has in use when it begins, beside that of the model's parameters.
 """
 
 from __future__ import annotations

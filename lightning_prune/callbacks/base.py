@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import ceil
+from math import inf
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -21,7 +22,7 @@ from lightning_prune.callbacks.averages import averaged_copies
 from lightning_prune.callbacks.checkpoints import follow_checkpoints, warn_of_late_scores
 from lightning_prune.callbacks.ranks import agreed, check_strategy, without_reducer
 from lightning_prune.callbacks.signals import signals_wait
-from lightning_prune.callbacks.timing import Timing
+from lightning_prune.callbacks.timing import Timing, epochs_of
 from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.pruner import Draft, Request, draft_cut
@@ -84,6 +85,7 @@ class PruneCallback(pl.Callback):
         )
         self.timing = Timing(schedule, begin, end, every, every_n_steps)
         self.events: dict[int, float] = {}
+        self._epochs = inf
         self._done = -1
         self._checked = False
 
@@ -104,14 +106,10 @@ class PruneCallback(pl.Callback):
         self._checked = False
         if trainer.current_epoch == 0:
             self._done = -1
+        self._epochs = epochs_of(trainer)  # now: StochasticWeightAveraging adds one later, in which nothing is trained
         if self.timing.unit == "epoch":
-            self._lay_out(trainer, f"max_epochs={trainer.max_epochs}")
-
-    def _lay_out(self, trainer: pl.Trainer, limit: str) -> None:
-        """Lay the schedule out over the whole fit."""
-        length = self.timing.length(trainer)
-        self.events = self.timing.lay_out(length, type(self).__name__)
-        self._check_reach(trainer, length, limit)
+            self.events = self.timing.lay_out(self._epochs, type(self).__name__)
+            self._check_reach(trainer, self._epochs, f"max_epochs={trainer.max_epochs}")
 
     def _check_reach(self, trainer: pl.Trainer, length: float, limit: str) -> None:
         """Refuse a schedule that never fires within the fit, and warn of one that does not end."""
@@ -137,11 +135,12 @@ class PruneCallback(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         optimizers.check(map(unwrapped, trainer.optimizers), pl_module)
+        length = self.timing.length(trainer, self._epochs)
         if self.timing.unit == "step":
-            self._lay_out(trainer, f"the fit has {self.timing.length(trainer)} steps")
-        elif trainer.max_steps >= 0 and isinstance(trainer.num_training_batches, int):
-            steps = ceil(max(trainer.num_training_batches, 1) / trainer.accumulate_grad_batches)
-            self._check_reach(trainer, ceil(trainer.max_steps / steps), f"max_steps={trainer.max_steps}")
+            self.events = self.timing.lay_out(length, type(self).__name__)
+            self._check_reach(trainer, length, f"the fit has {length} steps")
+        elif trainer.max_steps >= 0:
+            self._check_reach(trainer, length, f"max_steps={trainer.max_steps}")
         if pl_module.example_input_array is not None:
             self._check_ahead(trainer, pl_module, pl_module.example_input_array)
 
@@ -176,7 +175,7 @@ class PruneCallback(pl.Callback):
     def _fire(self, trainer: pl.Trainer, pl_module: pl.LightningModule, example: ExampleInputs) -> None:
         """Cut if an event is due; one that a resumed fit has missed is made up for."""
         due = [moment for moment in self.events if self._done < moment <= self.timing.now(trainer)]
-        if due:
+        if due and trainer.current_epoch < self._epochs:
             ratio = self.events[due[-1]] * self.request.pruning_ratio
             request = replace(self.request, pruning_ratio=ratio)
             draft = agreed(trainer, pl_module, lambda: draft_cut(pl_module, example, request))
@@ -190,6 +189,7 @@ class PruneCallback(pl.Callback):
         """Cut the network and its averaged copies, and let the optimizers follow: all of it, or nothing."""
         every = [unwrapped(optimizer) for optimizer in trainer.optimizers]
         optimizers.check(every, pl_module)
+        _drop_spent_gradients(pl_module)
         with without_reducer(trainer), together() as steps:
             for network in (pl_module, *averaged_copies(trainer)):
                 steps.append(history.commit(network, draft.cut, draft.record))
@@ -222,6 +222,13 @@ class PruneCallback(pl.Callback):
 def unwrapped(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
     """Return the torch optimizer inside a Lightning one."""
     return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+
+
+def _drop_spent_gradients(pl_module: pl.LightningModule) -> None:
+    """Free the gradients where Lightning does so before it uses them again: they need not be cut along."""
+    if pl_module.automatic_optimization and not is_overridden("optimizer_zero_grad", pl_module):
+        for parameter in pl_module.parameters():
+            parameter.grad = None
 
 
 def _shows_tables(trainer: pl.Trainer) -> bool:

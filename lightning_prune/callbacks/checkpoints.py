@@ -46,8 +46,8 @@ def warn_of_late_scores(trainer: pl.Trainer) -> None:
         on_steps = keep._every_n_train_steps > 0 or keep._train_time_interval is not None
         if on_steps or (keep._save_on_train_epoch_end and not validated):
             rank_zero_warn(
-                f"A ModelCheckpoint saves between validations with the last {keep.monitor!r}: a file can hold a network "
-                "from after a cut with a score from before it. Let it save when validation ends: leave out "
+                f"A ModelCheckpoint saves between validations with the last {keep.monitor!r}: a file can hold a "
+                "network from after a cut with a score from before it. Let it save when validation ends: leave out "
                 "`save_on_train_epoch_end`, `every_n_train_steps` and `train_time_interval`."
             )
 

@@ -40,9 +40,9 @@ def check_strategy(trainer: pl.Trainer, pl_module: pl.LightningModule, who: str)
         )
     if isinstance(strategy.launcher, _MultiProcessingLauncher) and not isinstance(pl_module, PrunedStateMixin):
         raise MisconfigurationException(
-            f"The processes that {name}(start_method={strategy._start_method!r}) starts bring the weights back into the "
-            f"dense module that they have started with. Use strategy='ddp', or let {type(pl_module).__name__} inherit from "
-            "`lightning_prune.callbacks.PrunedStateMixin` as well."
+            f"The processes that {name}(start_method={strategy._start_method!r}) starts bring the weights back into "
+            f"the dense module that they have started with. Use strategy='ddp', or let {type(pl_module).__name__} "
+            "inherit from `lightning_prune.callbacks.PrunedStateMixin` as well."
         )
     if strategy._ddp_kwargs.get("static_graph") and not pl_module.automatic_optimization:
         raise MisconfigurationException(

@@ -3,12 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf, isfinite
+from math import ceil, inf, isfinite
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lightning_prune.schedules import Schedule, events
+
+
+def epochs_of(trainer: pl.Trainer) -> float:
+    """Return how many epochs a Trainer runs; infinity without a limit."""
+    return inf if trainer.max_epochs is None or trainer.max_epochs < 0 else trainer.max_epochs
+
+
+def _steps_of(trainer: pl.Trainer, epoch: int) -> int:
+    """Return how many optimizer steps an epoch has, as `trainer.global_step` counts them."""
+    batches = max(int(trainer.num_training_batches), 1)
+    if not trainer.lightning_module.automatic_optimization:
+        return batches * max(len(trainer.optimizers), 1)
+    schedulers = [callback for callback in trainer.callbacks if isinstance(callback, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+    windows = [scheduler.get_accumulate_grad_batches(epoch) for scheduler in schedulers]
+    return ceil(batches / (windows[0] if windows else trainer.accumulate_grad_batches))
+
+
+def _epochs_of(trainer: pl.Trainer, steps: float) -> float:
+    """Return in how many epochs so many optimizer steps lie, the last of them begun."""
+    if not isfinite(trainer.num_training_batches):
+        return inf
+    epoch = 0
+    while steps > 0:
+        steps -= _steps_of(trainer, epoch)
+        epoch += 1
+    return epoch
 
 
 @dataclass(frozen=True)
@@ -54,11 +81,18 @@ class Timing:
         """Return the epoch or the step that begins."""
         return trainer.current_epoch if self.every_n_steps is None else trainer.global_step
 
-    def length(self, trainer: pl.Trainer) -> float:
-        """Return how many epochs or steps the fit has; infinity where nobody knows."""
-        if self.every_n_steps is not None:
-            return trainer.estimated_stepping_batches
-        return inf if trainer.max_epochs is None or trainer.max_epochs < 0 else trainer.max_epochs
+    def length(self, trainer: pl.Trainer, epochs: float) -> float:
+        """Return how many epochs or steps a fit of so many epochs has; infinity where nobody knows.
+
+        For steps, the training batches must be known already. `trainer.estimated_stepping_batches` is not asked: it
+        knows neither a GradientAccumulationScheduler nor several optimizers.
+        """
+        most = trainer.max_steps if trainer.max_steps >= 0 else inf
+        if self.every_n_steps is None:
+            return min(epochs, _epochs_of(trainer, most)) if isfinite(most) else epochs
+        if not (isfinite(epochs) and isfinite(trainer.num_training_batches)):
+            return most
+        return min(most, sum(_steps_of(trainer, epoch) for epoch in range(int(epochs))))
 
     def lay_out(self, length: float, who: str) -> dict[int, float]:
         """Return the epochs or steps of all events -> the share of the ratio that is reached from then on.
