@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
 from lightning_prune.cut import Cut
 from lightning_prune.errors import HistoryError
+from lightning_prune.records import from_plain, to_plain
+from lightning_prune.sizes import stale_sizes
 from lightning_prune.surgery import Undo, apply, revert, together
 from lightning_prune.tensors import attributes_of, named_modules, named_tensors, unwrapped
-from lightning_prune.types import Attributes, Change, PruneRecord
+from lightning_prune.types import Attributes, PruneRecord
 
 KEY = "pruning_history"
 """Under this key the history lies in a checkpoint."""
@@ -37,60 +40,6 @@ def history_of(model: nn.Module) -> tuple[PruneRecord, ...]:
 def commit(model: nn.Module, cut: Cut, record: PruneRecord) -> Undo:
     """Do a cut and add its record to the model's history: both, or neither."""
     return apply(unwrapped(model), cut, {_ATTRIBUTE: (*history_of(model), record)})
-
-
-def to_plain(records: Sequence[PruneRecord]) -> list[dict[str, Any]]:
-    """Turn records into dicts, lists, numbers and strings, which `torch.load(weights_only=True)` reads."""
-    return [_plain(asdict(record)) for record in records]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def from_plain(plain: object) -> tuple[PruneRecord, ...]:
-    """Read what `to_plain` has made.
-
-    Raises:
-        HistoryError: It is something else.
-    """
-    try:
-        return tuple(_record(item) for item in plain)  # type: ignore[attr-defined]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise HistoryError(
-            f"The pruning history is damaged or from another version ({type(error).__name__}: {error}). "
-            "Load a checkpoint that this version of lightning_prune has written."
-        ) from error
-
-
-def _record(plain: Mapping[str, Any]) -> PruneRecord:
-    return PruneRecord(
-        **{
-            **plain,
-            "channels": {str(name): Change(**change) for name, change in plain["channels"].items()},
-            "params": Change(**plain["params"]),
-            "macs": Change(**plain["macs"]),
-            "shapes": {str(name): tuple(map(int, shape)) for name, shape in plain["shapes"].items()},
-            "kept": {
-                str(name): {int(dim): tuple(map(int, positions)) for dim, positions in dims.items()}
-                for name, dims in plain["kept"].items()
-            },
-            "attributes": _sizes(plain["attributes"]),
-            "before": _sizes(plain["before"]),
-        }
-    )
-
-
-def _sizes(plain: Mapping[str, Any]) -> Attributes:
-    return {
-        str(name): {
-            str(key): tuple(map(int, value)) if isinstance(value, (list, tuple)) else int(value)
-            for key, value in values.items()
-        }
-        for name, values in plain.items()
-    }
 
 
 def replay(model: nn.Module, records: Sequence[PruneRecord]) -> None:
@@ -133,6 +82,7 @@ def reach(model: nn.Module, records: Sequence[PruneRecord]) -> Undo:
         for record in records[common:]:
             _fit(model, record)
             steps.append(commit(model, _cut(record), record))
+            _check_sizes(model, record)
 
     def undo() -> None:
         for step in reversed(steps):
@@ -154,7 +104,7 @@ def _fit(model: nn.Module, record: PruneRecord) -> None:
     modules = named_modules(model)
     for name, dims in record.kept.items():
         have = tuple(tensors[name].shape) if name in tensors else None
-        if have != record.shapes.get(name):
+        if have is None or have != record.shapes.get(name):
             raise HistoryError(
                 f"The history cuts {name} of shape {record.shapes.get(name)}, but the model's is {have}. "
                 "Build the model with the arguments that it was trained with."
@@ -165,11 +115,38 @@ def _fit(model: nn.Module, record: PruneRecord) -> None:
             if not (positions and ascending and positions[0] >= 0 and positions[-1] < size):
                 raise HistoryError(f"The history keeps impossible positions of {name}; the checkpoint is damaged.")
     for name, values in record.attributes.items():
-        if name not in modules or not all(key in modules[name].__dict__ for key in values):
-            raise HistoryError(f"The history sets sizes of the module {name!r}, which the model does not have.")
-    if attributes_of(model, record.attributes) != record.before:
+        if name not in modules or not _are_sizes(modules[name], values):
+            raise HistoryError(f"The history sets sizes of the module {name!r} which the model does not have.")
+    if attributes_of(model, record.attributes) != record.before or not _shrink(record.attributes, record.before):
         raise HistoryError(
             "The history changes sizes that are not the model's. Build it with the arguments that it was trained with."
+        )
+
+
+def _are_sizes(module: nn.Module, names: Iterable[str]) -> bool:
+    """Tell whether a module holds numbers under all of these names, one or several."""
+    values = [module.__dict__.get(name) for name in names if not name.startswith("_")]
+    several = [value if isinstance(value, (list, tuple)) else [value] for value in values]
+    return len(values) == len(list(names)) and all(type(item) is int for items in several for item in items)
+
+
+def _shrink(after: Attributes, before: Attributes) -> bool:
+    """Tell whether no size grows, and none is gone."""
+    return all(
+        np.shape(value) == np.shape(before[name][key])
+        and bool(np.all(np.less(0, value) & np.less_equal(value, before[name][key])))
+        for name, values in after.items()
+        for key, value in values.items()
+    )
+
+
+def _check_sizes(model: nn.Module, record: PruneRecord) -> None:
+    """See that what was set is what the tensors say."""
+    stale = stale_sizes(model)
+    wrong = [name for name, values in record.attributes.items() if values.keys() & stale.get(name, {}).keys()]
+    if wrong:
+        raise HistoryError(
+            f"The history sets sizes of {wrong[0]} that contradict its tensors; the checkpoint is damaged."
         )
 
 
@@ -215,7 +192,9 @@ def load_pruned(model: Model | type[Model], path: str | os.PathLike[str], **argu
             "callback in the Trainer, or with `save_pruned`."
         ) from error
     records = from_plain(plain)
-    built = model(**_accepted(model, {**hyper, **arguments})) if isinstance(model, type) else model
+    if getattr(state, "_metadata", {}).get("", {}).get(KEY, plain) != plain:
+        raise HistoryError(f"{path} holds two histories that differ; the checkpoint is damaged.")
+    built = _built(model, hyper, arguments) if isinstance(model, type) else model
     undo = reach(built, records)
     try:
         _check_weights(unwrapped(built), state)
@@ -231,7 +210,14 @@ def load_pruned(model: Model | type[Model], path: str | os.PathLike[str], **argu
 
 def _read(path: str | os.PathLike[str]) -> Any:
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch.load does not look at its checksums
+                torn = archive.testzip()
+            if torn is not None:
+                raise HistoryError(f"{path} is damaged: {torn} is not what was written.")
         return torch.load(path, map_location="cpu", weights_only=True)
+    except HistoryError:
+        raise
     except FileNotFoundError:
         raise
     except UnpicklingError as error:
@@ -249,15 +235,19 @@ def _arguments(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Return the hyper-parameters as the model's class was called with them."""
     hyper = dict(checkpoint.get("hyper_parameters", {}))
     name = checkpoint.get("hparams_name", "kwargs")
-    return hyper if name == "kwargs" else {str(name): hyper}
+    return hyper if name in ("kwargs", None) else {str(name): hyper}
 
 
-def _accepted(kind: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what the class does not take."""
+def _built(kind: type[Model], hyper: Mapping[str, Any], arguments: Mapping[str, Any]) -> Model:
+    """Build a model as it was built for training; hyper-parameters that its class does not take are left out."""
     parameters = inspect.signature(kind).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return dict(arguments)
-    return {name: value for name, value in arguments.items() if name in parameters}
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        hyper = {name: value for name, value in hyper.items() if name in parameters}
+    model = kind(**{**hyper, **arguments})
+    configure_model = getattr(model, "configure_model", None)  # where a LightningModule may make its layers
+    if callable(configure_model):
+        configure_model()
+    return model
 
 
 def _check_weights(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -267,5 +257,11 @@ def _check_weights(model: nn.Module, state: Mapping[str, Any]) -> None:
         missing, foreign = sorted(own.keys() - state.keys())[:3], sorted(state.keys() - own.keys())[:3]
         raise ValueError(f"missing {missing}, unexpected {foreign}")
     for name, tensor in own.items():
-        if isinstance(tensor, torch.Tensor) and tensor.shape != state[name].shape:
-            raise ValueError(f"{name} is {tuple(state[name].shape)} there and {tuple(tensor.shape)} here")
+        if isinstance(tensor, torch.Tensor) and _kind(state[name]) != _kind(tensor):
+            raise ValueError(f"{name} is {_kind(state[name])} there and {_kind(tensor)} here")
+
+
+def _kind(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Return what two tensors must have in common for one to be copied into the other."""
+    number = "float" if tensor.is_floating_point() else str(tensor.dtype)
+    return tuple(tensor.shape), tensor.layout, number, tensor.is_meta

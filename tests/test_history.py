@@ -17,7 +17,8 @@ from lightning_prune import PruneRecord, history_of, load_pruned, prune, save_pr
 from lightning_prune.callbacks import MagnitudePruneCallback, PruneCallback
 from lightning_prune.criteria import Random
 from lightning_prune.errors import HistoryError
-from lightning_prune.history import KEY, from_plain, replay, to_plain
+from lightning_prune.history import KEY, replay
+from lightning_prune.records import from_plain, to_plain
 
 INPUT = torch.randn(3, 1, 6, 6, generator=torch.Generator().manual_seed(5))
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from lightning_prune import ChannelGroup, PruneRecord, find_groups, history_of, prune
 from lightning_prune.criteria import Random
-from lightning_prune.history import from_plain, replay, to_plain
+from lightning_prune.history import replay
+from lightning_prune.records import from_plain, to_plain
 from lightning_prune.surgery import cut_tensor
 from lightning_prune.tensors import named_tensors
 

@@ -12,6 +12,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_prune import history
 from lightning_prune.callbacks.averages import averaged_copies
+from lightning_prune.records import from_plain, to_plain
+from lightning_prune.surgery import together
 
 
 def follow_checkpoints(pl_module: pl.LightningModule) -> None:
@@ -25,12 +27,12 @@ def follow_checkpoints(pl_module: pl.LightningModule) -> None:
 
 
 def _save_with_history(pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-    checkpoint[history.KEY] = history.to_plain(history.history_of(pl_module))
+    checkpoint[history.KEY] = to_plain(history.history_of(pl_module))
     type(pl_module).on_save_checkpoint(pl_module, checkpoint)
 
 
 def _reach_then_load(pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-    records = history.from_plain(checkpoint.get(history.KEY, []))
+    records = from_plain(checkpoint.get(history.KEY, []))
     copies = averaged_copies(pl_module._trainer) if pl_module._trainer is not None else ()
     for network in (pl_module, *copies):
         history.reach(network, records)
@@ -74,12 +76,12 @@ class PrunedStateMixin(_Base):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the history."""
-        checkpoint[history.KEY] = history.to_plain(history.history_of(self))
+        checkpoint[history.KEY] = to_plain(history.history_of(self))
         super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Reach the checkpoint's shapes."""
-        history.reach(self, history.from_plain(checkpoint.get(history.KEY, [])))
+        history.reach(self, from_plain(checkpoint.get(history.KEY, [])))
         super().on_load_checkpoint(checkpoint)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -87,12 +89,13 @@ class PrunedStateMixin(_Base):
         state = super().state_dict(*args, **kwargs)
         if hasattr(state, "_metadata"):
             own = kwargs.get("prefix", args[1] if len(args) > 1 else "")[:-1]
-            state._metadata.setdefault(own, {})[history.KEY] = history.to_plain(history.history_of(self))
+            state._metadata.setdefault(own, {})[history.KEY] = to_plain(history.history_of(self))
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Reach the shapes of the weights, then load them."""
         plain = getattr(state_dict, "_metadata", {}).get("", {}).get(history.KEY)
-        if plain is not None:
-            history.reach(self, history.from_plain(plain))
-        return super().load_state_dict(state_dict, *args, **kwargs)
+        with together() as steps:
+            if plain is not None:
+                steps.append(history.reach(self, from_plain(plain)))
+            return super().load_state_dict(state_dict, *args, **kwargs)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any, TypeAlias
 
-_SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
-]
+Handler: TypeAlias = Callable[[int, "FrameType | None"], Any]
 
 
 @contextmanager
@@ -18,20 +17,36 @@ def signals_wait() -> Iterator[None]:
     """Let signals wait until this is over: Ctrl+C, the end of a job, and those that Lightning saves a checkpoint at.
 
     Those without a handler in Python act as ever: they end the process, and files are written whole or not at all.
-    Other threads than the main one never handle signals, and there this does nothing.
+    Other threads than the main one never handle signals, and there this does nothing. If handlers raise, all of them
+    have run before, and the first one's exception goes on.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    own = {number: signal.getsignal(number) for number in _SIGNALS}
-    handled = {number: handler for number, handler in own.items() if callable(handler)}
+    own = {number: handler for number in signal.valid_signals() if callable(handler := signal.getsignal(number))}
     waiting: list[tuple[int, FrameType | None]] = []
-    for number in handled:
-        signal.signal(number, lambda came, frame: waiting.append((came, frame)))
+    raised: list[BaseException] = []
     try:
+        for each in own:
+            signal.signal(each, lambda came, frame: waiting.append((came, frame)))
         yield
     finally:
-        for number, handler in handled.items():
-            signal.signal(number, handler)
+        _put_back(dict(own), raised)
         for number, frame in waiting:
-            handled[signal.Signals(number)](number, frame)
+            try:
+                own[signal.Signals(number)](number, frame)
+            except BaseException as error:
+                raised.append(error)
+        if raised:
+            raise raised[0]
+
+
+def _put_back(handlers: dict[signal.Signals, Handler], raised: list[BaseException]) -> None:
+    """Put all handlers back, also where one that is back already raises."""
+    while handlers:
+        number, handler = next(iter(handlers.items()))
+        try:
+            signal.signal(number, handler)
+            del handlers[number]
+        except BaseException as error:
+            raised.append(error)
