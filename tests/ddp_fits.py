@@ -19,7 +19,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from fits import Module, trainer, widths
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch import callbacks as neighbours
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -216,13 +217,15 @@ FITS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "random": plain(Shuffled, partial(PruneCallback, 0.5, criterion=Chance(), allocation=Global(), begin=1, end=2)),
     "on steps": plain(Shuffled, on_steps),
     "on steps, accumulated": plain(Shuffled, on_steps, accumulate_grad_batches=2, max_epochs=8),
-    "averaged": plain(Shuffled, twice, partial(EMAWeightAveraging, decay=0.9)),
     "resumed": resumed,
     "a rank that fails": failing(partial(PruneCallback, 0.5, criterion=Stumbles(), begin=2, end=2)),
     "a rank with another plan": failing(Deceived, twice),
     "a rank with another network": failing(Different, twice),
     "static graph by hand": refused_by_hand,
 }
+
+if hasattr(neighbours, "EMAWeightAveraging"):  # Lightning 2.6
+    FITS["averaged"] = plain(Shuffled, twice, partial(neighbours.EMAWeightAveraging, decay=0.9))
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from math import inf
@@ -174,15 +175,16 @@ class PruneCallback(pl.Callback):
 
     def _fire(self, trainer: pl.Trainer, pl_module: pl.LightningModule, example: ExampleInputs) -> None:
         """Cut if an event is due; one that a resumed fit has missed is made up for."""
-        due = [moment for moment in self.events if self._done < moment <= self.timing.now(trainer)]
-        if due and trainer.current_epoch < self._epochs:
-            ratio = self.events[due[-1]] * self.request.pruning_ratio
+        moments = list(self.events)
+        come = bisect_right(moments, self.timing.now(trainer))
+        if come and moments[come - 1] > self._done and trainer.current_epoch < self._epochs:
+            ratio = self.events[moments[come - 1]] * self.request.pruning_ratio
             request = replace(self.request, pruning_ratio=ratio)
             draft = agreed(trainer, pl_module, lambda: draft_cut(pl_module, example, request))
             record = replace(draft.record, epoch=trainer.current_epoch, step=trainer.global_step)
             with signals_wait():
                 self._cut(trainer, pl_module, replace(draft, record=record))
-                self._done = due[-1]
+                self._done = moments[come - 1]
             self._tell(trainer, record)
 
     def _cut(self, trainer: pl.Trainer, pl_module: pl.LightningModule, draft: Draft) -> None:
