@@ -111,5 +111,7 @@ def test_processes_that_lightning_starts_bring_the_cut_back(method: str) -> None
 def test_without_the_mixin_they_are_refused_with_the_way_out() -> None:
     made = trainer(devices=2, strategy=DDPStrategy(start_method="fork"))
     made.strategy._configure_launcher()
-    with pytest.raises(MisconfigurationException, match=r"start_method='fork'.*Use strategy='ddp', or let Module inh"):
+    with pytest.raises(
+        MisconfigurationException, match=r"start_method='fork'.*Use strategy='ddp', or let Module inherit"
+    ):
         MagnitudePruneCallback(0.5).setup(made, Module(), "fit")
