@@ -262,31 +262,58 @@ def _weightless(tensor: Tensor) -> Tensor:
 _MAKE_LABELS = (factories.uniform, movement.expand, movement.repeat)
 """Handlers that have something to say about tensors without labels too."""
 
-
-def _work(flow: Flow, call: Call) -> Work | None:
-    """Note what an operation costs."""
-    formula = flop_registry.get(call.op.overloadpacket)
-    if formula is None or not isinstance(call.out, Tensor):
-        return None
-    args = tuple(
-        _Sized(tuple(value.shape), flow.of(value)) if isinstance(value, Tensor) else value for value in call.args
-    )
-    return Work(formula.__wrapped__, args, (tuple(call.out.shape), flow.of(call.out)))
-
-
 _INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten._unsafe_index.Tensor)
 
 
-def _is_by_value(call: Call) -> bool:
-    """Tell whether the size of what an operation returns depends on values: indexing does so only with a mask."""
-    if not _may_be_by_value(call.op):
-        return False
-    return call.op not in _INDEXING or any(index.dtype in (torch.bool, torch.uint8) for index in call.tensors[1:])
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What is the same in all calls of an operation, looked up once.
+
+    Attributes:
+        name: The operation's name.
+        handler: What carries labels through it.
+        kernel: What does its work on meta tensors quickly.
+        formula: What it costs.
+        makes: Whether its handler makes labels where there were none.
+        moves: Whether labels can go through it at all.
+        by_value: Whether the size of what it returns can depend on values.
+    """
+
+    name: str
+    handler: Handler | None
+    kernel: Callable[..., Any] | None
+    formula: Callable[..., int] | None
+    makes: bool
+    moves: bool
+    by_value: bool
 
 
 @cache
-def _may_be_by_value(op: OpOverload) -> bool:
-    return op in _INDEXING or torch.Tag.dynamic_output_shape in op.tags or op.name() == "torchvision::nms"
+def _kind_of(op: OpOverload) -> _Kind:
+    handler, formula = handler_for(op), flop_registry.get(op.overloadpacket)
+    by_value = op in _INDEXING or torch.Tag.dynamic_output_shape in op.tags or op.name() == "torchvision::nms"
+    return _Kind(
+        name_of(op),
+        handler,
+        kernel_for(op),
+        None if formula is None else formula.__wrapped__,
+        handler in _MAKE_LABELS,
+        op.namespace != "prim",
+        by_value,
+    )
+
+
+def _work(flow: Flow, call: Call, formula: Callable[..., int]) -> Work | None:
+    """Note what an operation costs."""
+    if not isinstance(call.out, Tensor):
+        return None
+    args = tuple([_Sized(value.shape, flow.of(value)) if isinstance(value, Tensor) else value for value in call.args])
+    return Work(formula, args, (call.out.shape, flow.of(call.out)))
+
+
+def _is_by_value(call: Call) -> bool:
+    """Tell whether the size of what such an operation returns depends on values: indexing does so only with a mask."""
+    return call.op not in _INDEXING or any(index.dtype in (torch.bool, torch.uint8) for index in call.tensors[1:])
 
 
 def _is_float(dtype: torch.dtype | None) -> bool:
@@ -316,19 +343,20 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = kwargs or {}
-        if self._meta and handler_for(func) is factories.uniform and _is_float(given.get("dtype")):
+        given, kind = kwargs or {}, _kind_of(func)
+        if self._meta and kind.handler is factories.uniform and _is_float(given.get("dtype")):
             given = {**given, "device": torch.device("meta")}
-        self._flow.current = (name_of(func), (args, given))
-        dense = self._watcher.before(name_of(func))
-        call = self._called(func, args, given)
+        self._flow.current = (kind.name, (args, given))
+        dense = self._watcher.before(kind.name)
+        call = self._called(func, kind.kernel if self._meta else None, args, given)
         if dense is not None:
             self._flow.told = _shapes(call, dense)
-        self._explain(call)
+        self._explain(call, kind)
         return call.out
 
-    def _called(self, func: OpOverload, args: tuple[Any, ...], given: Mapping[str, Any]) -> Call:
-        kernel = kernel_for(func) if self._meta else None
+    def _called(
+        self, func: OpOverload, kernel: Callable[..., Any] | None, args: tuple[Any, ...], given: Mapping[str, Any]
+    ) -> Call:
         out = None if kernel is None else kernel(*args, **given)
         if out is not None:
             return Call(func, args, given, out)
@@ -347,22 +375,23 @@ class Tracer(TorchDispatchMode):
         self._flow.put(twin, self._flow.of(value))
         return twin
 
-    def _explain(self, call: Call) -> None:
+    def _explain(self, call: Call, kind: _Kind) -> None:
         labelled = False
         for tensor in call.tensors:
             self.unread.pop(id(tensor), None)
             self._flow.read_taint(tensor)
             labelled = labelled or self._flow.is_labelled(tensor)
-        handler = handler_for(call.op)
         space = self._flow.space
         made, decided = len(space.allocations), len(space.decisions)
-        if handler in _MAKE_LABELS or (labelled and call.op.namespace != "prim"):
-            self._carry(call, handler)
-        outputs = tuple([(tuple(out.shape), self._flow.of(out)) for out in flat_tensors((call.out,))])
+        if kind.makes or (labelled and kind.moves):
+            self._carry(call, kind.handler)
+        outputs = tuple([(out.shape, self._flow.of(out)) for out in flat_tensors((call.out,))])
         if outputs:
-            inputs = tuple([tuple(tensor.shape) for tensor in call.tensors])
+            inputs = tuple([tensor.shape for tensor in call.tensors])
             fresh, decisions = tuple(space.allocations[made:]), tuple(space.decisions[decided:])
-            step = Step(call.name, inputs, outputs, fresh, decisions, _work(self._flow, call), _is_by_value(call))
+            work = None if kind.formula is None else _work(self._flow, call, kind.formula)
+            by_value = kind.by_value and _is_by_value(call)
+            step = Step(kind.name, inputs, outputs, fresh, decisions, work, by_value)
             self.steps.append(step)
             self._watcher.after(step)
 

@@ -191,7 +191,7 @@ class PruneCallback(pl.Callback):
         """Cut the network and its averaged copies, and let the optimizers follow: all of it, or nothing."""
         every = [unwrapped(optimizer) for optimizer in trainer.optimizers]
         optimizers.check(every, pl_module)
-        _drop_spent_gradients(pl_module)
+        _drop_spent_gradients(pl_module, every)
         with without_reducer(trainer), together() as steps:
             for network in (pl_module, *averaged_copies(trainer)):
                 steps.append(history.commit(network, draft.cut, draft.record))
@@ -226,11 +226,11 @@ def unwrapped(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
     return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
 
 
-def _drop_spent_gradients(pl_module: pl.LightningModule) -> None:
+def _drop_spent_gradients(pl_module: pl.LightningModule, every: Sequence[Optimizer]) -> None:
     """Free the gradients where Lightning does so before it uses them again: they need not be cut along."""
     if pl_module.automatic_optimization and not is_overridden("optimizer_zero_grad", pl_module):
-        for parameter in pl_module.parameters():
-            parameter.grad = None
+        for optimizer in every:
+            optimizer.zero_grad(set_to_none=True)
 
 
 def _shows_tables(trainer: pl.Trainer) -> bool:

@@ -84,6 +84,8 @@ class Magnitude(Criterion):
         weight = weight.abs() if weight.is_complex() else weight
         if not weight.is_floating_point() or weight.dtype.itemsize < 4:
             weight = weight.float()
+        if weight.dim() == 1:
+            return weight.square() if self.p == 2 else weight.abs()
         size, outer = weight.shape[dim], prod(weight.shape[:dim])
         if outer == 1:
             norms: Tensor = torch.linalg.vector_norm(weight.reshape(size, -1), ord=self.p, dim=1)

@@ -48,7 +48,9 @@ def pointwise(flow: Flow, call: Call) -> None:
     """Every output has the labels of the inputs, aligned from the right."""
     written = call.kwargs.get("out")
     inputs = [tensor for tensor in call.tensors if tensor is not written]
-    if any(flow.is_labelled(tensor) for tensor in inputs):
+    if len(inputs) == 1 and isinstance(call.out, Tensor) and call.out.shape == inputs[0].shape:
+        flow.put(call.out, flow.of(inputs[0]))
+    elif any(flow.is_labelled(tensor) for tensor in inputs):
         for out in tensors_in(call.out):
             flow.put(out, broadcast(flow, inputs, out.shape, call.name))
 
