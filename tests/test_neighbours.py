@@ -1,4 +1,4 @@
-"""Lightning's own callbacks and settings beside a prune callback: each still does what it is for."""
+"""Lightning's own callbacks beside a prune callback: each still does what it is for."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-import torch.nn.functional as F
-from fits import EXAMPLE, STEPS, Module, equal, images, kept_of, momentum, states, trainer, widths
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+from beside import CUT, Moves, beside, cut, either_side, weights
+from fits import EXAMPLE, STEPS, Module, equal, images, kept_of, momentum, trainer, widths
 from lightning.pytorch import callbacks as neighbours
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
@@ -22,7 +21,6 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     Callback,
     EarlyStopping,
-    GradientAccumulationScheduler,
     LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
@@ -39,43 +37,12 @@ from lightning.pytorch.tuner.tuning import Tuner
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from lightning_prune import history_of, load_pruned
-from lightning_prune.callbacks import BNSlimmingCallback, MagnitudePruneCallback, PruneCallback
+from lightning_prune.callbacks import MagnitudePruneCallback, PruneCallback
 from lightning_prune.history import KEY
 from lightning_prune.schedules import linear
-from lightning_prune.workbench.batches import TensorImages, loader
-
-CUT = 2
-
-either_side = pytest.mark.parametrize("side", [1, -1], ids=["cut first", "cut last"])
-
-
-def cut(epoch: int = CUT) -> PruneCallback:
-    return PruneCallback(0.5, begin=epoch, end=epoch)
-
-
-def beside(prune: PruneCallback, *others: Callback, side: int = 1) -> list[Callback]:
-    return [prune, *others][::side]
-
-
-def weights(module: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-
-
-class Moves(Callback):
-    """Notes for each batch which parameters its step left as they were."""
-
-    def __init__(self) -> None:
-        self.still: list[list[str]] = []
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
-        self.was = weights(pl_module)
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        self.still.append([name for name, new in weights(pl_module).items() if torch.equal(new, self.was[name])])
-
 
 # stopping
 
@@ -351,11 +318,6 @@ class Searched(Module):
         return DataLoader(images().dataset, batch_size=self.batch_size)
 
 
-@pytest.fixture
-def in_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("example", "timing"),
     [(EXAMPLE, {"begin": 0, "end": 1}), (None, {"begin": 0, "end": 13, "every_n_steps": 5})],
@@ -499,342 +461,3 @@ def test_the_monitor_sees_the_rates_of_a_fit_without_a_cut(tmp_path: Path, side:
 
 def cosine(optimizer: Optimizer) -> dict[str, Any]:
     return {"lr_scheduler": {"scheduler": CosineAnnealingLR(optimizer, 4 * STEPS), "interval": "step"}}
-
-
-# torch.compile
-
-
-@pytest.fixture
-def fresh_compiler() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-class Quiet(Module):
-    """Logs nothing, which takes the compiler long to follow."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return F.cross_entropy(self(batch[0]), batch[1])
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize(
-    ("what", "example"),
-    [("module", EXAMPLE), ("network", None), ("network in place", EXAMPLE), ("layer", None)],
-    ids=["module", "network", "network in place", "layer"],
-)
-def test_what_was_compiled_is_compiled_anew_after_the_cut(what: str, example: Tensor | None) -> None:
-    shapes: set[tuple[int, ...]] = set()
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        shapes.update(tuple(item.shape) for item in inputs if isinstance(item, Tensor))
-        return graph.forward
-
-    module, plain, moves = Quiet(example=example), Quiet(example=example), Moves()
-    fitted: Any = module
-    if what == "module":
-        fitted = torch.compile(module, backend=backend)
-    elif what == "network":
-        module.net = torch.compile(module.net, backend=backend)
-    elif what == "network in place":
-        module.net.compile(backend=backend)
-    else:
-        module.net[3] = torch.compile(module.net[3], backend=backend)
-    settings = {"max_epochs": 2, "limit_train_batches": 3, "limit_val_batches": 0}
-    trainer(cut(1), moves, **settings).fit(fitted)
-    trainer(cut(1), **settings).fit(plain)
-    assert widths(module) == [4, 4]
-    assert moves.still == [[]] * 6
-    assert {(8, 8, 3, 3), (4, 4, 3, 3)} <= shapes
-    for value, expected in zip(module.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(value, expected)
-
-
-# settings of the Trainer
-
-
-class Counting(Module):
-    """Counts what the Trainer's settings are about."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.loads = self.checks = self.validations = 0
-
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        self.loads += 1
-        return super().train_dataloader()
-
-    def on_validation_epoch_end(self) -> None:
-        self.checks += self.trainer.sanity_checking
-        self.validations += not self.trainer.sanity_checking
-
-
-SETTINGS: list[tuple[dict[str, Any], int, dict[str, int]]] = [
-    ({"num_sanity_val_steps": 2}, 12, {"checks": 1, "validations": 4}),
-    ({"val_check_interval": 0.5}, 12, {"validations": 8}),
-    ({"val_check_interval": 5, "check_val_every_n_epoch": None}, 12, {"validations": 4}),
-    ({"check_val_every_n_epoch": 2}, 12, {"validations": 2}),
-    ({"limit_train_batches": 2}, 4, {"validations": 4}),
-    ({"limit_val_batches": 0}, 12, {"validations": 0}),
-    ({"overfit_batches": 2}, 4, {"validations": 4}),
-    ({"max_steps": 14}, 12, {"validations": 2}),
-    ({"max_epochs": -1, "max_steps": 14}, 12, {"validations": 2}),
-    ({"reload_dataloaders_every_n_epochs": 1}, 12, {"loads": 4}),
-    ({"barebones": True}, 12, {"checks": 0, "validations": 4}),
-    ({"inference_mode": False}, 12, {"validations": 4}),
-]
-
-
-@pytest.mark.filterwarnings("ignore:You are running with .Trainer.barebones=True", "ignore:.*Anomaly Detection")
-@pytest.mark.filterwarnings("ignore:You requested to overfit", "ignore:.*barebones=True.* is configured")
-@pytest.mark.parametrize(
-    ("settings", "step", "counts"), SETTINGS, ids=lambda value: str(value) if "_" in str(value) else ""
-)
-@pytest.mark.usefixtures("in_a_folder_of_its_own")
-def test_settings_of_the_trainer(settings: dict[str, Any], step: int, counts: dict[str, int]) -> None:
-    module, moves = Counting(), Moves()
-    trainer(cut(), moves, **settings).fit(module)
-    assert [(record.epoch, record.step) for record in history_of(module)] == [(CUT, step)]
-    assert widths(module) == [4, 4]
-    assert {name: getattr(module, name) for name in counts} == counts
-    assert not any(moves.still)
-    trainer().validate(module, verbose=False)
-
-
-@pytest.mark.parametrize("timing", [{"begin": 1}, {"begin": 1, "end": 8, "every_n_steps": 2}], ids=["epochs", "steps"])
-def test_a_fit_without_batches_cuts_nothing(timing: dict[str, Any]) -> None:
-    module, was = Module(), Module().state_dict()
-    trainer(PruneCallback(0.5, **timing), limit_train_batches=0).fit(module)
-    assert history_of(module) == ()
-    assert equal(module.state_dict(), was)
-
-
-# several fits, several callbacks
-
-
-def test_a_network_that_was_cut_is_cut_further_in_another_fit() -> None:
-    module = Module()
-    trainer(cut(1), max_epochs=2).fit(module)
-    trainer(PruneCallback(0.75, begin=1), max_epochs=2).fit(module)
-    assert [record.reached for record in history_of(module)] == [0.5, 0.75]
-    assert widths(module) == [2, 2]
-
-
-def test_a_fit_that_was_stopped_in_its_first_epoch_goes_on_without_another_cut() -> None:
-    module, callback = Module(), PruneCallback(0.5, begin=2, end=2, every_n_steps=1)
-    fit = trainer(callback, max_steps=4)
-    fit.fit(module)
-    fit.fit_loop.epoch_loop.max_steps = 10
-    fit.fit(module)
-    assert fit.global_step == 10
-    assert [record.step for record in history_of(module)] == [2]
-
-
-@either_side
-@pytest.mark.parametrize("steps", [False, True], ids=["epochs", "steps"])
-def test_slimming_and_magnitude_at_the_same_moment(steps: bool, side: int) -> None:
-    """Whichever is the larger fraction of the dense model holds in the end, in any order."""
-    unit: dict[str, Any] = {"every_n_steps": 1} if steps else {}
-    slimming = BNSlimmingCallback(0.25, strength=1e-3, begin=1, end=1, **unit)
-    magnitude = MagnitudePruneCallback(0.5, begin=1, end=1, **unit)
-    module, moves = Module(), Moves()
-    trainer(*beside(slimming, magnitude, side=side), moves).fit(module)
-    assert sum(widths(module)) == 8
-    assert history_of(module)[-1].reached == 0.5
-    assert slimming.is_finished
-    assert magnitude.is_finished
-    assert moves.still == [[]] * 4 * STEPS
-
-
-# every_n_steps
-
-
-class Windows(Callback):
-    """Notes behind the prune callback where in an accumulation window it cut, and that no gradient was waiting."""
-
-    def __init__(self) -> None:
-        self.cuts: list[tuple[int, int, int]] = []
-        self.fresh: list[bool] = []
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
-        if len(history_of(pl_module)) > len(self.cuts):
-            self.cuts.append((trainer.current_epoch, index, trainer.global_step))
-            self.fresh.append(index % trainer.accumulate_grad_batches == 0)
-
-
-@pytest.mark.parametrize(
-    ("accumulate", "batches", "cuts"),
-    [
-        (1, 6, [(0, 4, 4), (1, 0, 6), (1, 2, 8)]),
-        (3, 6, [(2, 0, 4), (3, 0, 6), (4, 0, 8)]),
-        (3, 5, [(2, 0, 4), (3, 0, 6), (4, 0, 8)]),
-        (4, 6, [(2, 0, 4), (3, 0, 6), (4, 0, 8)]),
-        (2, 6, [(1, 2, 4), (2, 0, 6), (2, 4, 8)]),
-    ],
-)
-def test_steps_are_counted_and_windows_are_whole(
-    accumulate: int, batches: int, cuts: list[tuple[int, int, int]]
-) -> None:
-    module, windows = Module(example=EXAMPLE if accumulate % 2 else None), Windows()
-    gradual = PruneCallback(0.75, schedule=linear, begin=2, end=8, every_n_steps=2)
-    settings = {"accumulate_grad_batches": accumulate, "limit_train_batches": batches, "max_epochs": 6}
-    trainer(gradual, windows, **settings).fit(module)
-    assert windows.cuts == cuts
-    assert windows.fresh == [True] * 3
-    assert [(record.epoch, record.step) for record in history_of(module)] == [(epoch, step) for epoch, _, step in cuts]
-    assert [record.reached for record in history_of(module)] == [0.25, 0.5, 0.75]
-
-
-@either_side
-def test_windows_that_change_from_epoch_to_epoch(side: int) -> None:
-    """1, 3 and 4 batches a window: steps 0 to 5, 6 and 7, 8 and 9, 10 and 11."""
-    module, windows = Module(), Windows()
-    gradual = PruneCallback(0.75, schedule=linear, begin=4, end=10, every_n_steps=3)
-    accumulate = GradientAccumulationScheduler({1: 3, 2: 4})
-    trainer(*beside(gradual, accumulate, side=side), windows).fit(module)
-    assert windows.cuts == [(1, 3, 7), (3, 0, 10)]
-    assert windows.fresh == [True] * 2
-
-
-@either_side
-def test_thirds_of_all_steps_with_windows_that_change(side: int) -> None:
-    """6 + 3 * 2 steps."""
-    module = Module()
-    one = PruneCallback(0.5, every_n_steps=1)
-    trainer(*beside(one, GradientAccumulationScheduler({1: 3}), side=side)).fit(module)
-    assert [record.step for record in history_of(module)] == [4]
-
-
-def test_steps_that_the_fit_never_reaches_are_refused_with_windows_that_change() -> None:
-    """8 steps."""
-    with pytest.raises(MisconfigurationException, match="never fires"):
-        trainer(PruneCallback(0.5, begin=12, every_n_steps=1, end=12), GradientAccumulationScheduler({0: 3})).fit(
-            Module()
-        )
-
-
-@either_side
-def test_max_steps_with_windows_that_change(side: int) -> None:
-    """Two steps an epoch: six steps are three epochs."""
-    module = Module()
-    accumulate = GradientAccumulationScheduler({0: 3})
-    trainer(*beside(cut(1), accumulate, side=side), max_steps=6).fit(module)
-    assert [record.epoch for record in history_of(module)] == [1]
-
-
-class TwoOptimizers(Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
-        for optimizer in self.optimizers():
-            optimizer.step()
-            optimizer.zero_grad()
-
-    def configure_optimizers(self) -> list[Optimizer]:
-        return [momentum(self.net[:3].parameters()), Adam(self.net[3:].parameters(), lr=0.01)]
-
-
-def test_steps_of_several_optimizers_count_each() -> None:
-    """As in `trainer.global_step`: two in a batch."""
-    module, moves = TwoOptimizers(), Moves()
-    trainer(PruneCallback(0.5, schedule=linear, begin=3, end=9, every_n_steps=3), moves).fit(module)
-    assert [record.step for record in history_of(module)] == [6, 10]
-    assert moves.still == [[]] * 4 * STEPS
-
-
-def test_thirds_of_all_steps_of_several_optimizers() -> None:
-    """48 steps."""
-    module = TwoOptimizers()
-    trainer(PruneCallback(0.5, every_n_steps=1)).fit(module)
-    assert [record.step for record in history_of(module)] == [16]
-
-
-def test_max_steps_of_several_optimizers() -> None:
-    """Twelve steps are one epoch."""
-    with pytest.raises(MisconfigurationException, match="never fires"):
-        trainer(cut(1), max_steps=12).fit(TwoOptimizers())
-
-
-class Endless(IterableDataset[tuple[Tensor, ...]]):
-    """48 images, and nobody knows how many."""
-
-    def __iter__(self) -> Any:
-        return iter(images().dataset)
-
-
-class Streamed(Module):
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        return DataLoader(Endless(), batch_size=8)
-
-
-@pytest.mark.parametrize("settings", [{}, {"max_steps": 20}, {"max_epochs": -1, "max_steps": 20}], ids=str)
-@pytest.mark.parametrize("timing", [{"begin": 1, "end": 2}, {"begin": 4, "end": 8, "every_n_steps": 4}], ids=str)
-def test_a_stream_of_unknown_length(timing: dict[str, Any], settings: dict[str, int]) -> None:
-    module = Streamed()
-    trainer(PruneCallback(0.5, schedule=linear, **timing), **settings).fit(module)
-    assert widths(module) == [4, 4]
-
-
-class Resumable(Module):
-    """Its loader goes on in the middle of an epoch."""
-
-    def train_dataloader(self) -> Any:
-        return loader(TensorImages(*images().dataset.tensors), 8)  # type: ignore[attr-defined]
-
-
-STEP_METHODS: dict[str, Callable[[], PruneCallback]] = {
-    "magnitude": lambda: MagnitudePruneCallback(0.5, schedule=linear, begin=3, end=9, every_n_steps=3),
-    "slimming": lambda: BNSlimmingCallback(0.5, strength=0.01, schedule=linear, begin=3, end=9, every_n_steps=3),
-}
-
-
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("method", STEP_METHODS.values(), ids=STEP_METHODS)
-def test_a_fit_resumed_within_an_epoch_is_the_unbroken_one(
-    tmp_path: Path, method: Callable[[], PruneCallback], accumulate: int
-) -> None:
-    """From just before, at and just after the cuts; not from the end of an epoch, where Lightning 2.6 skips one."""
-    settings: dict[str, Any] = {"accumulate_grad_batches": accumulate}
-    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    unbroken = Resumable()
-    whole = trainer(method(), keep, enable_checkpointing=True, **settings)
-    whole.fit(unbroken)
-    assert [record.step for record in history_of(unbroken)] == [6, 9]
-    expected = states(unbroken, whole.optimizers)
-    for step in (at for at in (5, 7, 8, 9, 10) if at % (STEPS // accumulate)):
-        resumed, callback = Resumable(seed=9), method()
-        rest = trainer(callback, **settings)
-        rest.fit(resumed, ckpt_path=tmp_path / f"step={step}.ckpt")
-        assert history_of(resumed) == history_of(unbroken), step
-        assert equal(resumed.state_dict(), unbroken.state_dict()), step
-        found = states(resumed, rest.optimizers)
-        assert all(equal(found[name], state) for name, state in expected.items()), step
-        assert callback.is_finished
-
-
-class SaveWithinAWindow(Callback):
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, index: int
-    ) -> None:
-        if (trainer.current_epoch, index) == (1, 0):
-            trainer.save_checkpoint(self.path)
-
-
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-def test_an_event_that_was_missed_waits_for_the_end_of_the_window(tmp_path: Path) -> None:
-    """Resumed after one of three batches, with an event that lies behind."""
-    path, module, windows = tmp_path / "within.ckpt", Resumable(seed=9), Windows()
-    trainer(SaveWithinAWindow(path), accumulate_grad_batches=3).fit(Resumable())
-    late = PruneCallback(0.5, begin=1, end=1, every_n_steps=1)
-    trainer(late, windows, accumulate_grad_batches=3).fit(module, ckpt_path=path)
-    assert windows.cuts == [(1, 3, 3)]
-    assert windows.fresh == [True]
