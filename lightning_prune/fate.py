@@ -8,7 +8,7 @@ import numpy as np
 
 from lightning_prune.graph import Graph
 from lightning_prune.labels import LabelArray, Labels
-from lightning_prune.trace import Step
+from lightning_prune.steps import Step
 from lightning_prune.types import PruningPlan
 
 _VIEWS = {"aten._unsafe_view.default", "aten._reshape_alias.default", "aten.reshape.default", "aten.view.default"}

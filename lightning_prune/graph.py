@@ -20,8 +20,9 @@ from lightning_prune.flow import Flow
 from lightning_prune.inputs import ExampleInputs, Inputs, bind
 from lightning_prune.labels import LabelArray, Labels, LabelSpace
 from lightning_prune.rectangles import check_heads, settle
+from lightning_prune.steps import Run
 from lightning_prune.tensors import named_modules, named_tensors, tensors_of, unwrapped
-from lightning_prune.trace import SUBSTRATES, Run, Setting, run
+from lightning_prune.trace import SUBSTRATES, Setting, run
 from lightning_prune.types import ChannelGroup, ChannelGroups, Heads, Member
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from lightning_prune.handlers import Call, Handler, factories, handler_for, move
 from lightning_prune.inputs import Inputs, flat_tensors, tensors_in
 from lightning_prune.labels import Labels
 from lightning_prune.meta import kernel_for
+from lightning_prune.steps import Run, Sized, Step, Work
 from lightning_prune.tensors import swapped
 from lightning_prune.types import Attributes
 
@@ -50,82 +51,6 @@ class Setting:
 
     substrate: Substrate
     training: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What an operation costs, by a formula of `torch.utils.flop_counter`, which takes shapes.
-
-    Attributes:
-        formula: Takes the operation's arguments, with shapes for tensors, and the output's shape as `out_shape`.
-        args: The arguments; for a tensor its shape and its labels.
-        out: The shape and the labels of what it returns.
-    """
-
-    formula: Callable[..., int]
-    args: tuple[Any, ...]
-    out: tuple[tuple[int, ...], Labels]
-
-    def flops(self, shape_of: Callable[[tuple[int, ...], Labels], tuple[int, ...]] | None = None) -> int:
-        """Count floating point operations, for other shapes if these are given."""
-
-        def shaped(value: Any) -> Any:
-            if not isinstance(value, _Sized):
-                return value
-            return value.shape if shape_of is None else shape_of(value.shape, value.labels)
-
-        out = self.out[0] if shape_of is None else shape_of(*self.out)
-        return int(self.formula(*map(shaped, self.args), out_shape=out))
-
-
-class _Sized(NamedTuple):
-    """What is left of a tensor in a step's work."""
-
-    shape: tuple[int, ...]
-    labels: Labels
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One operation of a run.
-
-    Attributes:
-        name: The operation.
-        inputs: The shapes of the tensors that it read.
-        outputs: The shape and the labels of each tensor that it returned.
-        fresh: The first label and the number of those that were made here, for each time that some were.
-        decisions: What was decided here.
-        work: What it costs, if that is more than nothing.
-        by_value: Whether the size of the outputs depends on values, as in a search for the best boxes.
-    """
-
-    name: str
-    inputs: tuple[tuple[int, ...], ...]
-    outputs: tuple[tuple[tuple[int, ...], Labels], ...]
-    fresh: tuple[tuple[int, int], ...] = ()
-    decisions: tuple[tuple[int, ...], ...] = ()
-    work: Work | None = None
-    by_value: bool = False
-
-
-@dataclass(frozen=True)
-class Run:
-    """What happened while a model ran.
-
-    Attributes:
-        steps: The operations in order.
-        outputs: The shapes of the tensors that the model returned.
-        unread: The names of the tensors that no operation has read.
-    """
-
-    steps: list[Step]
-    outputs: list[tuple[int, ...]]
-    unread: set[str]
-
-    @property
-    def macs(self) -> int:
-        """The multiply-accumulates, for the whole batch."""
-        return sum(step.work.flops() for step in self.steps if step.work) // 2
 
 
 class Watcher:
@@ -307,7 +232,7 @@ def _work(flow: Flow, call: Call, formula: Callable[..., int]) -> Work | None:
     """Note what an operation costs."""
     if not isinstance(call.out, Tensor):
         return None
-    args = tuple([_Sized(value.shape, flow.of(value)) if isinstance(value, Tensor) else value for value in call.args])
+    args = tuple([Sized(value.shape, flow.of(value)) if isinstance(value, Tensor) else value for value in call.args])
     return Work(formula, args, (call.out.shape, flow.of(call.out)))
 
 

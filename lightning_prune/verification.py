@@ -19,8 +19,9 @@ from lightning_prune.inputs import tensors_in
 from lightning_prune.labels import LabelArray, Labels, LabelSpace
 from lightning_prune.mending import Misfit, mendings, modules_of
 from lightning_prune.shares import equal_shares
+from lightning_prune.steps import Run, Step
 from lightning_prune.tensors import named_tensors
-from lightning_prune.trace import Run, Step, Watcher, run
+from lightning_prune.trace import Watcher, run
 from lightning_prune.types import Attributes, Kept, PruningPlan
 
 log = logging.getLogger(__name__)
