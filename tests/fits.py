@@ -15,6 +15,7 @@ from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import PruneRecord
+from lightning_prune.workbench.batches import TensorImages, loader
 
 STEPS = 6
 """Batches in an epoch."""
@@ -77,6 +78,13 @@ class Module(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = self._optimizer(self.parameters())
         return {"optimizer": optimizer, **(self._scheduler(optimizer) if self._scheduler else {})}
+
+
+class Resumable(Module):
+    """Its loader goes on in the middle of an epoch."""
+
+    def train_dataloader(self) -> Any:
+        return loader(TensorImages(*images().dataset.tensors), 8)  # type: ignore[attr-defined]
 
 
 def images(seed: int = 0) -> DataLoader[tuple[Tensor, ...]]:

@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from fits import EXAMPLE, STEPS, Module, equal, images, momentum, network, states, trainer, widths
+from fits import EXAMPLE, STEPS, Module, Resumable, equal, images, momentum, network, states, trainer, widths
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -23,7 +23,6 @@ from lightning_prune.callbacks import BNSlimmingCallback, MagnitudePruneCallback
 from lightning_prune.errors import HistoryError
 from lightning_prune.history import KEY
 from lightning_prune.schedules import linear
-from lightning_prune.workbench.batches import TensorImages, loader
 
 # Lightning, where the resumed fit writes no checkpoints itself
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
@@ -143,13 +142,6 @@ class Crash(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
         if trainer.global_step == self.step:
             raise RuntimeError("power cut")
-
-
-class Resumable(Module):
-    """Its loader goes on in the middle of an epoch."""
-
-    def train_dataloader(self) -> Any:
-        return loader(TensorImages(*images().dataset.tensors), 8)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("example", [EXAMPLE, None], ids=["example", "first batch"])

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch.nn.functional as F
 from beside import Moves, beside, cut, either_side
-from fits import EXAMPLE, STEPS, Module, equal, images, momentum, states, trainer, widths
+from fits import EXAMPLE, STEPS, Module, Resumable, equal, images, momentum, states, trainer, widths
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     Callback,
@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_prune import history_of
 from lightning_prune.callbacks import BNSlimmingCallback, MagnitudePruneCallback, PruneCallback
 from lightning_prune.schedules import linear
-from lightning_prune.workbench.batches import TensorImages, loader
 
 
 class Windows(Callback):
@@ -154,13 +153,6 @@ def test_a_stream_of_unknown_length(timing: dict[str, Any], settings: dict[str, 
     module = Streamed()
     trainer(PruneCallback(0.5, schedule=linear, **timing), **settings).fit(module)
     assert widths(module) == [4, 4]
-
-
-class Resumable(Module):
-    """Its loader goes on in the middle of an epoch."""
-
-    def train_dataloader(self) -> Any:
-        return loader(TensorImages(*images().dataset.tensors), 8)  # type: ignore[attr-defined]
 
 
 STEP_METHODS: dict[str, Callable[[], PruneCallback]] = {
