@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
+
+from torch._ops import OpOverload
 
 from lightning_prune.labels import Labels
 
@@ -42,12 +44,27 @@ class Sized(NamedTuple):
     labels: Labels
 
 
+Origin: TypeAlias = str | int | None
+"""Where a tensor comes from: the name of one of the model's, the number of one that a step returned, or outside."""
+
+
+class Seen(NamedTuple):
+    """What is left of a tensor among the arguments of a step."""
+
+    origin: Origin
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One operation of a run.
 
     Attributes:
-        name: The operation.
+        name: The operation's name, as in `aten.add.Tensor`.
+        op: The operation.
+        args: Its positional arguments, with `Seen` for tensors.
+        kwargs: Its keyword arguments, likewise.
+        results: The numbers of the tensors that it returned, as counted through the run; one that is written to gets
+            a new number.
         inputs: The shapes of the tensors that it read.
         outputs: The shape and the labels of each tensor that it returned.
         fresh: The first label and the number of those that were made here, for each time that some were.
@@ -57,6 +74,10 @@ class Step:
     """
 
     name: str
+    op: OpOverload
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    results: tuple[int, ...]
     inputs: tuple[tuple[int, ...], ...]
     outputs: tuple[tuple[tuple[int, ...], Labels], ...]
     fresh: tuple[tuple[int, int], ...] = ()
@@ -72,14 +93,32 @@ class Run:
     Attributes:
         steps: The operations in order.
         outputs: The shapes of the tensors that the model returned.
+        returned: The numbers of these tensors.
         unread: The names of the tensors that no operation has read.
     """
 
     steps: list[Step]
     outputs: list[tuple[int, ...]]
+    returned: set[Origin]
     unread: set[str]
 
     @property
     def macs(self) -> int:
         """The multiply-accumulates, for the whole batch."""
         return sum(step.work.flops() for step in self.steps if step.work) // 2
+
+
+def seen_in(values: Iterable[Any]) -> list[Seen]:
+    """List the tensors among the arguments of a step, those in lists included."""
+    found: list[Seen] = []
+    for value in values:
+        if isinstance(value, Seen):
+            found.append(value)
+        elif isinstance(value, list):
+            found.extend(seen_in(value))
+    return found
+
+
+def numbers_read(step: Step) -> list[int]:
+    """List the numbers of the tensors that a step reads, of those that the run has made."""
+    return [seen.origin for seen in seen_in((*step.args, *step.kwargs.values())) if isinstance(seen.origin, int)]

@@ -27,7 +27,7 @@ from lightning_prune.handlers import Call, Handler, factories, handler_for, move
 from lightning_prune.inputs import Inputs, flat_tensors, tensors_in
 from lightning_prune.labels import Labels
 from lightning_prune.meta import kernel_for
-from lightning_prune.steps import Run, Sized, Step, Work
+from lightning_prune.steps import Origin, Run, Seen, Sized, Step, Work
 from lightning_prune.tensors import swapped
 from lightning_prune.types import Attributes
 
@@ -96,6 +96,8 @@ def run(
     with ExitStack() as stack:
         make = _maker(setting.substrate, stack)
         standins = {name: make(tensor) for name, tensor in tensors.items()}
+        for name, standin in standins.items():
+            setattr(standin, _ORIGIN, name)
         for name, labelled in labels.items():
             flow.put(standins[name], labelled)
         stack.enter_context(swapped(model, standins, training=setting.training, attributes=attributes))
@@ -113,7 +115,23 @@ def run(
         flow.read_taint(output)
         flow.freeze_tensor(output, "reaches the model's output")
     shapes = [tuple(output.shape) for output in outputs]
-    return Run(tracer.steps, shapes, set(tracer.unread.values()))
+    return Run(tracer.steps, shapes, {_origin(output) for output in outputs}, set(tracer.unread.values()))
+
+
+_ORIGIN = "_lightning_prune_origin"
+
+
+def _origin(tensor: Tensor) -> Origin:
+    """Return where a tensor comes from."""
+    origin: Origin = getattr(tensor, _ORIGIN, None)
+    return origin
+
+
+def _seen(value: Any) -> Any:
+    """Put `Seen` for the tensors in an argument."""
+    if isinstance(value, Tensor):
+        return Seen(_origin(value))
+    return [_seen(item) for item in value] if type(value) in (list, tuple) else value
 
 
 def _shapes(call: Call, dense: Step) -> dict[int, tuple[int, ...]]:
@@ -264,6 +282,7 @@ class Tracer(TorchDispatchMode):
         self._flow, self._watcher, self._meta = flow, watcher, meta
         self.steps: list[Step] = []
         self.unread = {id(tensor): name for name, tensor in standins.items()}
+        self._results = 0
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -310,15 +329,33 @@ class Tracer(TorchDispatchMode):
         made, decided = len(space.allocations), len(space.decisions)
         if kind.makes or (labelled and kind.moves):
             self._carry(call, kind.handler)
-        outputs = tuple([(out.shape, self._flow.of(out)) for out in flat_tensors((call.out,))])
-        if outputs:
-            inputs = tuple([tensor.shape for tensor in call.tensors])
-            fresh, decisions = tuple(space.allocations[made:]), tuple(space.decisions[decided:])
-            work = None if kind.formula is None else _work(self._flow, call, kind.formula)
-            by_value = kind.by_value and _is_by_value(call)
-            step = Step(kind.name, inputs, outputs, fresh, decisions, work, by_value)
+        results = flat_tensors((call.out,))
+        if results:
+            args = tuple([_seen(value) for value in call.args])
+            kwargs = {name: _seen(value) for name, value in call.kwargs.items()}
+            step = Step(
+                name=kind.name,
+                op=call.op,
+                args=args,
+                kwargs=kwargs,
+                results=self._number(results),
+                inputs=tuple([tensor.shape for tensor in call.tensors]),
+                outputs=tuple([(out.shape, self._flow.of(out)) for out in results]),
+                fresh=tuple(space.allocations[made:]),
+                decisions=tuple(space.decisions[decided:]),
+                work=None if kind.formula is None else _work(self._flow, call, kind.formula),
+                by_value=kind.by_value and _is_by_value(call),
+            )
             self.steps.append(step)
             self._watcher.after(step)
+
+    def _number(self, results: list[Tensor]) -> tuple[int, ...]:
+        """Number the tensors that a step returns."""
+        numbers = tuple(range(self._results, self._results + len(results)))
+        self._results += len(results)
+        for number, tensor in zip(numbers, results, strict=True):
+            setattr(tensor, _ORIGIN, number)
+        return numbers
 
     def _carry(self, call: Call, handler: Handler | None) -> None:
         reason = f"enters {call.name}, which has no handler"
