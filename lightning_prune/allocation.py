@@ -1,4 +1,4 @@
-"""How a pruning ratio becomes a plan: how many channels each group gives, and which ones."""
+"""How a pruning ratio is shared out: how many channels each group gives and which ones, how many weights each layer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from math import ceil, floor
 import torch
 from torch import Tensor
 
+from lightning_prune.ranking import shares_of_lowest
 from lightning_prune.types import PruningPlan
 
 
@@ -50,19 +51,31 @@ class Limits:
 
 
 class Allocation(ABC):
-    """The rule that shares a ratio out over groups.
+    """The rule that shares a ratio out over groups of channels.
 
     Args:
         cap: At most this fraction of a group's dense channels may go, in (0, 1].
+        event_cap: At most this fraction of the channels that a group still has may go in one prune event, in (0, 1];
+            Network Slimming's passes take 0.5.
 
     Raises:
-        ValueError: `cap` is outside (0, 1].
+        ValueError: A cap is outside (0, 1].
     """
 
-    def __init__(self, cap: float = 1.0) -> None:
-        if not 0 < cap <= 1:
-            raise ValueError(f"`cap` is the fraction that a group may lose at most, in (0, 1]; got {cap}.")
+    def __init__(self, cap: float = 1.0, event_cap: float = 1.0) -> None:
+        for name, value in (("cap", cap), ("event_cap", event_cap)):
+            if not 0 < value <= 1:
+                raise ValueError(f"`{name}` is the fraction that a group may lose at most, in (0, 1]; got {value}.")
         self.cap = cap
+        self.event_cap = event_cap
+
+    def spared(self, dense: int, now: int) -> int:
+        """Return how many channels the caps leave to a group that had `dense` and has `now`."""
+        return max(ceil((1 - self.cap) * dense - 1e-9), ceil((1 - self.event_cap) * now - 1e-9))
+
+    def __repr__(self) -> str:
+        caps = {"cap": self.cap, "event_cap": self.event_cap}
+        return f"{type(self).__name__}({', '.join(f'{name}={cap}' for name, cap in caps.items() if cap < 1)})"
 
     @abstractmethod
     def widths(
@@ -78,8 +91,75 @@ class Allocation(ABC):
         """
 
 
-class Uniform(Allocation):
-    """Every group gives the same fraction.
+@dataclass(frozen=True)
+class DenseLayer:
+    """What is remembered of a layer's weight as it was before any pruning.
+
+    Attributes:
+        shape: Its shape.
+        std: The standard deviation of its weights; None where nobody has kept it.
+    """
+
+    shape: tuple[int, ...]
+    std: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedLayer:
+    """What an allocation of weights knows of a layer.
+
+    Attributes:
+        scores: One score for each unit of the mask that is there now, flat, higher = keep; -1 for what is pruned.
+        weight: The weights.
+        dense: The layer before any pruning.
+        units: How many units it had then.
+    """
+
+    scores: Tensor
+    weight: Tensor
+    dense: DenseLayer
+    units: int
+
+    def least(self, cap: float = 1.0) -> int:
+        """Return how many units stay in any case: all but `cap` of the dense ones, and one, of those not pruned yet."""
+        alive = int((self.scores >= 0).count_nonzero())
+        return min(alive, max(1, ceil((1 - cap) * self.units - 1e-9)))
+
+
+class WeightAllocation(ABC):
+    """The rule that shares a ratio out over the weights of layers. Every layer keeps at least one."""
+
+    @abstractmethod
+    def kept(self, layers: Mapping[str, MaskedLayer], ratio: float) -> dict[str, int]:
+        """Return how many units each layer keeps.
+
+        Args:
+            layers: Name of the weight -> what is known of it.
+            ratio: Fraction of the dense units to be gone afterwards, in [0, 1).
+        """
+
+
+def kept_of_all(
+    layers: Mapping[str, MaskedLayer], scores: Mapping[str, Tensor], ratio: float, cap: float = 1.0
+) -> dict[str, int]:
+    """Return how many units each layer keeps when the lowest scores of all layers go.
+
+    Args:
+        layers: Name of the weight -> what is known of it.
+        scores: Name of the weight -> scores that compare across layers.
+        ratio: Fraction of the dense units to be gone afterwards, in [0, 1).
+        cap: At most this fraction of a layer's dense units goes.
+    """
+    dense = sum(layer.units for layer in layers.values())
+    there = {name: layer.scores.numel() for name, layer in layers.items()}
+    count = floor(ratio * dense + 0.5) - (dense - sum(there.values()))
+    most = [there[name] - layer.least(cap) for name, layer in layers.items()]
+    losses = shares_of_lowest([scores[name] for name in layers], count, most)
+    return {name: there[name] - loss for name, loss in zip(layers, losses, strict=True)}
+
+
+class Uniform(Allocation, WeightAllocation):
+    """Every group, or layer, gives the same fraction.
 
     >>> plan = allocate({"a": torch.tensor([3.0, 1.0, 2.0, 1.0])}, 0.5, Uniform())
     >>> plan.removed["a"].tolist()
@@ -95,11 +175,18 @@ class Uniform(Allocation):
             for name, values in scores.items()
         }
 
+    def kept(self, layers: Mapping[str, MaskedLayer], ratio: float) -> dict[str, int]:
+        """Keep the same fraction of each layer."""
+        return {
+            name: min(max(layer.units - floor(ratio * layer.units + 0.5), layer.least(self.cap)), layer.scores.numel())
+            for name, layer in layers.items()
+        }
 
-class Global(Allocation):
+
+class Global(Allocation, WeightAllocation):
     """The lowest scores of the whole model go, wherever they are.
 
-    Exactly the asked number of channels goes, also when scores tie: ties are broken by the order of the groups.
+    Exactly the asked number goes, also when scores tie: ties are broken by the order of the groups, or layers.
 
     >>> plan = allocate({"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([9.0, 2.0])}, 0.5, Global())
     >>> {name: indices.tolist() for name, indices in plan.removed.items()}
@@ -119,6 +206,24 @@ class Global(Allocation):
         order = torch.cat(list(expendable.values())).argsort(stable=True)
         losses = owner[order[: max(count, 0)]].bincount(minlength=len(scores)).tolist()
         return {name: len(values) - loss for (name, values), loss in zip(scores.items(), losses, strict=True)}
+
+    def kept(self, layers: Mapping[str, MaskedLayer], ratio: float) -> dict[str, int]:
+        """Rank the weights of all layers, without sorting them, and count those that do not go."""
+        return kept_of_all(layers, {name: layer.scores for name, layer in layers.items()}, ratio, self.cap)
+
+
+class Zeros(Allocation):
+    """All channels whose score is 0 go, and no others; the ratio is not asked.
+
+    >>> allocate({"a": torch.tensor([1.0, 0.0, 1.0])}, 0.0, Zeros()).removed["a"].tolist()
+    [1]
+    """
+
+    def widths(
+        self, scores: Mapping[str, Tensor], dense: Mapping[str, int], ratio: float, least: Mapping[str, int]
+    ) -> dict[str, int]:
+        """Keep what is not 0."""
+        return {name: max(int(values.count_nonzero()), least[name]) for name, values in scores.items()}
 
 
 def allocate(
@@ -142,14 +247,20 @@ def allocate(
 
     Raises:
         ValueError: The ratio would leave no channel in any group.
+        TypeError: The allocation is one of weights only.
     """
+    if not isinstance(allocation, Allocation):
+        raise TypeError(
+            f"`allocation` {allocation!r} shares weights out, not channels. Use Uniform() or Global() here, or prune "
+            "weights with it."
+        )
     if not scores:
         return PruningPlan({})
     limits = limits or Limits()
     dense = dense or {name: len(values) for name, values in scores.items()}
     nothing = dict.fromkeys(scores, 0)
     least = {
-        name: min(len(values), max(limits.min_channels, ceil((1 - allocation.cap) * dense[name] - 1e-9)))
+        name: min(len(values), max(limits.min_channels, allocation.spared(dense[name], len(values))))
         for name, values in scores.items()
     }
     wanted = allocation.widths(scores, dense, ratio, nothing)
@@ -167,7 +278,7 @@ def allocate(
         if width < len(values):
             removed[name] = lowest(values, len(values) - width)
         if width > wanted[name] and dense[name] > 1:
-            held_back[name] = _reason(limits, allocation.cap, wanted[name], given[name], width)
+            held_back[name] = _reason(limits, allocation, wanted[name], given[name], width)
     return PruningPlan(removed, held_back)
 
 
@@ -176,12 +287,12 @@ def lowest(scores: Tensor, count: int) -> Tensor:
     return scores.argsort(stable=True)[:count].sort().values
 
 
-def _reason(limits: Limits, cap: float, wanted: int, given: int, width: int) -> str:
+def _reason(limits: Limits, allocation: Allocation, wanted: int, given: int, width: int) -> str:
     causes = []
     if wanted < limits.min_channels:
         causes.append(f"min_channels={limits.min_channels}")
     if given > max(wanted, limits.min_channels):
-        causes.append(f"cap={cap}")
+        causes += [f"{name}={value}" for name in ("cap", "event_cap") if (value := getattr(allocation, name)) < 1]
     if width > given:
         causes.append(f"round_to={limits.round_to}")
     return f"keeps {width} channels in place of {wanted}: {', '.join(causes)}"

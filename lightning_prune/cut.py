@@ -26,12 +26,29 @@ class Cut:
         kept: What stays of these tensors.
         attributes: The module attributes that hold sizes, with their new values.
         before: The values that these attributes had.
+        biases: Name of a linear or convolutional module -> the width of the bias that it gets, having had none.
+        selects: Names of the BatchNorm modules that get a `ChannelSelect` before all else; other names are those after.
     """
 
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     kept: Kept = field(default_factory=dict)
     attributes: Attributes = field(default_factory=dict)
     before: Attributes = field(default_factory=dict)
+    biases: Mapping[str, int] = field(default_factory=dict)
+    selects: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Offsets:
+    """What is added to a model's tensors in a cut, so that what its channels emitted is not lost.
+
+    Attributes:
+        added: Tensor name -> what is added to it, of its shape before the cut.
+        biases: Module name -> the values of the bias that it gets, of its width after the cut.
+    """
+
+    added: Mapping[str, Tensor] = field(default_factory=dict)
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def prepare(model: nn.Module, graph: Graph, plan: PruningPlan) -> Cut:

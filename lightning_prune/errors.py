@@ -19,3 +19,7 @@ class SurgeryError(PruningError):
 
 class HistoryError(PruningError):
     """A checkpoint's pruning history is missing, foreign or does not fit the model."""
+
+
+class NothingToPruneError(PruningError, ValueError):
+    """No group can be pruned, or none that the criterion can score."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lightning_prune.graph import Graph
 from lightning_prune.labels import LabelArray, Labels
@@ -55,6 +56,11 @@ class Fate:
     def left(self, labels: LabelArray) -> LabelArray:
         """Leave out the labels that go."""
         return labels[self._stays[labels]]
+
+    def goes(self, labels: LabelArray) -> NDArray[np.bool_]:
+        """Tell of each label whether it goes."""
+        goes: NDArray[np.bool_] = ~self._stays[labels]
+        return goes
 
     def agrees(self, old: Step, new: Step) -> bool:
         """Tell whether a step after the cut is the old one with the removed positions left out."""

@@ -14,10 +14,14 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
-from lightning_prune.cut import Cut
+from lightning_prune import masks
+from lightning_prune.cut import Cut, Offsets
 from lightning_prune.errors import HistoryError
 from lightning_prune.records import from_plain, to_plain
+from lightning_prune.selection import selected
 from lightning_prune.sizes import stale_sizes
 from lightning_prune.surgery import Undo, apply, revert, together
 from lightning_prune.tensors import attributes_of, named_modules, named_tensors, unwrapped
@@ -37,9 +41,12 @@ def history_of(model: nn.Module) -> tuple[PruneRecord, ...]:
     return records
 
 
-def commit(model: nn.Module, cut: Cut, record: PruneRecord) -> Undo:
+def commit(model: nn.Module, cut: Cut, record: PruneRecord, offsets: Offsets | None = None) -> Undo:
     """Do a cut and add its record to the model's history: both, or neither."""
-    return apply(unwrapped(model), cut, {_ATTRIBUTE: (*history_of(model), record)})
+    notes: dict[str, object] = {_ATTRIBUTE: (*history_of(model), record)}
+    if masks.masks_of(model):
+        notes[masks.ATTRIBUTE] = masks.cut_masks(masks.masks_of(model), cut)
+    return apply(unwrapped(model), cut, notes, offsets)
 
 
 def replay(model: nn.Module, records: Sequence[PruneRecord]) -> None:
@@ -78,7 +85,7 @@ def reach(model: nn.Module, records: Sequence[PruneRecord]) -> Undo:
     common = min(len(done), len(records)) if shared is None else shared
     with together() as steps:
         for count in reversed(range(common, len(done))):
-            steps.append(revert(model, _cut(done[count]), {_ATTRIBUTE: done[:count]}))
+            steps.append(revert(model, _cut(done[count]), {_ATTRIBUTE: done[:count], masks.ATTRIBUTE: {}}))
         for record in records[common:]:
             _fit(model, record)
             steps.append(commit(model, _cut(record), record))
@@ -95,11 +102,20 @@ def _cut(record: PruneRecord) -> Cut:
     kept = {
         name: {dim: torch.tensor(positions) for dim, positions in dims.items()} for name, dims in record.kept.items()
     }
-    return Cut(record.shapes, kept, record.attributes, record.before)
+    return Cut(record.shapes, kept, record.attributes, record.before, record.biases, record.selects)
 
 
 def _fit(model: nn.Module, record: PruneRecord) -> None:
     """Make sure that a record's cut is one of this model's."""
+    modules = named_modules(model)
+    for name in record.selects:
+        if not isinstance(modules.get(name), _BatchNorm) or record.selects.count(name) > 1:
+            raise HistoryError(f"The history puts a ChannelSelect before {name!r}, which is no BatchNorm of the model.")
+    with selected(model, record.selects):
+        _fit_tensors(model, record)
+
+
+def _fit_tensors(model: nn.Module, record: PruneRecord) -> None:
     tensors = named_tensors(model)
     modules = named_modules(model)
     for name, dims in record.kept.items():
@@ -117,6 +133,9 @@ def _fit(model: nn.Module, record: PruneRecord) -> None:
     for name, values in record.attributes.items():
         if name not in modules or not _are_sizes(modules[name], values):
             raise HistoryError(f"The history sets sizes of the module {name!r} which the model does not have.")
+    for name, width in record.biases.items():
+        if name not in modules or not _lacks_bias(modules[name]) or not 0 < width <= _width(modules[name]):
+            raise HistoryError(f"The history gives a bias to the module {name!r}, which has no place for one.")
     if attributes_of(model, record.attributes) != record.before or not _shrink(record.attributes, record.before):
         raise HistoryError(
             "The history changes sizes that are not the model's. Build it with the arguments that it was trained with."
@@ -128,6 +147,16 @@ def _are_sizes(module: nn.Module, names: Iterable[str]) -> bool:
     values = [module.__dict__.get(name) for name in names if not name.startswith("_")]
     several = [value if isinstance(value, (list, tuple)) else [value] for value in values]
     return len(values) == len(list(names)) and all(type(item) is int for items in several for item in items)
+
+
+def _lacks_bias(module: nn.Module) -> bool:
+    """Tell whether a module has a place for a bias that is empty."""
+    return isinstance(module, (nn.Linear, _ConvNd)) and module._parameters.get("bias", module) is None
+
+
+def _width(module: nn.Module) -> int:
+    """Return how many channels a linear or convolutional module makes."""
+    return int(getattr(module, "out_features" if isinstance(module, nn.Linear) else "out_channels"))
 
 
 def _shrink(after: Attributes, before: Attributes) -> bool:
@@ -144,6 +173,7 @@ def _check_sizes(model: nn.Module, record: PruneRecord) -> None:
     """See that what was set is what the tensors say."""
     stale = stale_sizes(model)
     wrong = [name for name, values in record.attributes.items() if values.keys() & stale.get(name, {}).keys()]
+    wrong += [name for name, width in record.biases.items() if width != _width(model.get_submodule(name))]
     if wrong:
         raise HistoryError(
             f"The history sets sizes of {wrong[0]} that contradict its tensors; the checkpoint is damaged."
@@ -151,7 +181,7 @@ def _check_sizes(model: nn.Module, record: PruneRecord) -> None:
 
 
 def save_pruned(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write weights and history of a model; the file appears whole or not at all.
+    """Write weights, history and masks of a model; the file appears whole or not at all.
 
     Args:
         model: The pruned model.
@@ -160,7 +190,8 @@ def save_pruned(model: nn.Module, path: str | os.PathLike[str]) -> None:
     target = Path(path)
     unfinished = target.with_name(f"{target.name}.unfinished")
     try:
-        torch.save({"state_dict": unwrapped(model).state_dict(), KEY: to_plain(history_of(model))}, unfinished)
+        content = {"state_dict": unwrapped(model).state_dict(), KEY: to_plain(history_of(model))}
+        torch.save({**content, masks.KEY: masks.pack(masks.masks_of(model))}, unfinished)
         unfinished.replace(target)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -182,7 +213,7 @@ def load_pruned(model: Model | type[Model], path: str | os.PathLike[str], **argu
     Raises:
         HistoryError: The file is no such checkpoint, or does not fit the model, which is then unchanged.
     """
-    checkpoint = _read(path)
+    checkpoint = read(path)
     try:
         state, plain = checkpoint["state_dict"], checkpoint[KEY]
         hyper = _arguments(checkpoint) if isinstance(model, type) else {}
@@ -197,8 +228,10 @@ def load_pruned(model: Model | type[Model], path: str | os.PathLike[str], **argu
     built = _built(model, hyper, arguments) if isinstance(model, type) else model
     undo = reach(built, records)
     try:
-        _check_weights(unwrapped(built), state)
+        check_weights(unwrapped(built), state)
+        held = masks.unpack(checkpoint.get(masks.KEY, {}), built)
         unwrapped(built).load_state_dict(state)
+        masks.hold(built, held)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         undo()
         raise HistoryError(f"The weights of {path} do not fit the model: {error}") from error
@@ -208,7 +241,12 @@ def load_pruned(model: Model | type[Model], path: str | os.PathLike[str], **argu
     return built
 
 
-def _read(path: str | os.PathLike[str]) -> Any:
+def read(path: str | os.PathLike[str]) -> Any:
+    """Read a file of weights and plain data; no code in it runs.
+
+    Raises:
+        HistoryError: It is damaged, or holds something else.
+    """
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # torch.load does not look at its checksums
@@ -250,8 +288,12 @@ def _built(kind: type[Model], hyper: Mapping[str, Any], arguments: Mapping[str, 
     return model
 
 
-def _check_weights(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """See that all weights fit before the first of them is written."""
+def check_weights(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """See that all weights fit before the first of them is written.
+
+    Raises:
+        ValueError: A name or a shape differs.
+    """
     own = model.state_dict()
     if own.keys() != state.keys():
         missing, foreign = sorted(own.keys() - state.keys())[:3], sorted(state.keys() - own.keys())[:3]

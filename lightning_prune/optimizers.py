@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
@@ -19,7 +19,9 @@ def rebuild(optimizer: Optimizer, model: nn.Module, cut: Cut) -> Undo:
     Parameters keep their identity in a cut, so that param groups, schedulers and wrappers hold what they held.
     State of the parameter's shape (momentum, Adam's moments) loses the same channels, state that has size 1 where the
     parameter has more (the factored moments of Adafactor) loses them where it has them; numbers and step counters
-    stay. Where a parameter has state of any other shape, there is no rule: all of its state is dropped, with a warning.
+    stay. A bias that the cut has made joins its weight.
+
+    Where a parameter has state of any other shape, there is no rule: all of its state is dropped, with a warning.
 
     Args:
         optimizer: Changed in place.
@@ -31,8 +33,11 @@ def rebuild(optimizer: Optimizer, model: nn.Module, cut: Cut) -> Undo:
     """
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters() if name in cut.kept}
     before = {parameter: dict(state) for parameter, state in optimizer.state.items()}
+    held = [list(group["params"]) for group in optimizer.param_groups]
 
     def undo() -> None:
+        for group, parameters in zip(optimizer.param_groups, held, strict=True):
+            group["params"][:] = parameters
         for parameter, state in before.items():
             optimizer.state[parameter].clear()
             optimizer.state[parameter].update(state)
@@ -43,10 +48,36 @@ def rebuild(optimizer: Optimizer, model: nn.Module, cut: Cut) -> Undo:
         for parameter in before:
             if parameter in names:
                 _cut_state(optimizer, parameter, names[parameter], cut)
+        adopt(optimizer, model, cut.biases)
     except BaseException:
         undo()
         raise
     return undo
+
+
+def adopt(optimizer: Optimizer, model: nn.Module, modules: Iterable[str]) -> None:
+    """Put the biases that cuts have made right behind their weights, in the weights' param groups.
+
+    An optimizer that is built anew after a resume may have them elsewhere: so it holds them in the order in which its
+    saved state has them.
+
+    Args:
+        optimizer: Changed in place.
+        model: The model.
+        modules: The names of the modules that got a bias.
+    """
+    for name in modules:
+        module = model.get_submodule(name)
+        homes = [group["params"] for group in optimizer.param_groups if _place(module.weight, group["params"]) >= 0]
+        if homes:
+            for group in optimizer.param_groups:
+                group["params"][:] = [parameter for parameter in group["params"] if parameter is not module.bias]
+            homes[0].insert(_place(module.weight, homes[0]) + 1, module.bias)
+
+
+def _place(parameter: object, parameters: Sequence[object]) -> int:
+    """Return where a parameter is in a list, or -1."""
+    return next((place for place, other in enumerate(parameters) if other is parameter), -1)
 
 
 def _cut_state(optimizer: Optimizer, parameter: Tensor, name: str, cut: Cut) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -10,16 +11,30 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from lightning_prune import history
+from lightning_prune.absorption import absorb
 from lightning_prune.allocation import Allocation, Limits, Uniform, allocate
 from lightning_prune.cost import count_params, per_example, planned_macs
 from lightning_prune.criteria import Criterion, Magnitude, score_groups
-from lightning_prune.cut import Cut, cut_shapes, prepare
-from lightning_prune.graph import Graph, check_model, read
+from lightning_prune.cut import Cut, Offsets, cut_shapes, prepare
+from lightning_prune.errors import NothingToPruneError
+from lightning_prune.graph import Graph, check_model, ignored_tensors, read
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.lessons import Lessons, kinds_of
 from lightning_prune.rectangles import check_heads
+from lightning_prune.selection import selected, trunk_norms
 from lightning_prune.tensors import attributes_of, named_tensors, unwrapped
-from lightning_prune.types import UNITS, Change, Heads, PruneRecord, PruningPlan, Unit
+from lightning_prune.types import (
+    CONSTANTS,
+    TRUNKS,
+    UNITS,
+    Change,
+    Constants,
+    Heads,
+    PruneRecord,
+    PruningPlan,
+    Trunks,
+    Unit,
+)
 from lightning_prune.verification import Trial, verify
 
 _SEARCH_STEPS = 14
@@ -37,10 +52,12 @@ class Request:
         ignore: Patterns of module names that are not to be touched.
         heads: How attention heads are cut: "whole", "inside" or "keep" (see `find_groups`).
         limits: What no plan goes beyond.
+        constants: What becomes of what removed channels emit on average: "absorb" or "drop" (see `prune`).
+        trunks: How a trunk that several BatchNorms read is cut: "whole" or "selected" (see `prune`).
 
     Raises:
-        ValueError: The ratio is outside [0, 1), or the unit is unknown.
-        TypeError: `ignore` is a single string.
+        ValueError: The ratio is outside [0, 1), or a name is unknown.
+        TypeError: `ignore` is a single string, or `allocation` shares out weights only.
     """
 
     pruning_ratio: float
@@ -50,6 +67,8 @@ class Request:
     ignore: Sequence[str] = ()
     heads: Heads = "whole"
     limits: Limits = field(default_factory=Limits)
+    constants: Constants = "absorb"
+    trunks: Trunks = "whole"
 
     def __post_init__(self) -> None:
         if not 0 <= self.pruning_ratio < 1:
@@ -60,6 +79,14 @@ class Request:
         if self.of not in UNITS:
             raise ValueError(f"`of` is what the ratio counts, one of {', '.join(map(repr, UNITS))}; got {self.of!r}.")
         check_heads(self.heads)
+        if not isinstance(self.allocation, Allocation):
+            raise TypeError(
+                f"`allocation` shares channels out, as Uniform() and Global() do; got {self.allocation!r}. For weights "
+                'use MagnitudePruneCallback(granularity="weights").'
+            )
+        for name, known in (("constants", CONSTANTS), ("trunks", TRUNKS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}` is one of {', '.join(map(repr, known))}; got {getattr(self, name)!r}.")
         if isinstance(self.ignore, str):
             raise TypeError(f"`ignore` is a sequence of patterns; got the string {self.ignore!r}: put it in a list.")
 
@@ -76,6 +103,8 @@ def prune(
     heads: Heads = "whole",
     min_channels: int = 1,
     round_to: int | None = None,
+    constants: Constants = "absorb",
+    trunks: Trunks = "whole",
 ) -> PruneRecord:
     """Cut channels out of a model.
 
@@ -91,6 +120,11 @@ def prune(
         heads: How attention heads are cut: "whole", "inside" or "keep" (see `find_groups`).
         min_channels: Channels that each group keeps at least.
         round_to: Widths are rounded to the nearest multiple of it.
+        constants: What becomes of what removed channels emit on average, as far as BatchNorm tells it: "absorb" puts
+            it into the next layer's bias or running mean (see `lightning_prune.absorption`), "drop" loses it.
+        trunks: How a trunk that several BatchNorms read is cut, as in pre-activation networks and DenseNets: "whole"
+            with all that read it, "selected" puts a `ChannelSelect` before each of these BatchNorms, so that every
+            reader picks its own channels and the trunk stays (Liu et al. 2017, section 3.3).
 
     Returns:
         What was asked, what was reached, and what held it back. It is the last of `history_of(model)` too.
@@ -109,9 +143,11 @@ def prune(
     check_model(model)
     model = unwrapped(model)
     limits = Limits(min_channels, round_to)
-    request = Request(pruning_ratio, of, criterion or Magnitude(), allocation or Uniform(), ignore, heads, limits)
+    request = Request(
+        pruning_ratio, of, criterion or Magnitude(), allocation or Uniform(), ignore, heads, limits, constants, trunks
+    )
     draft = draft_cut(model, example_inputs, request)
-    history.commit(model, draft.cut, draft.record)
+    history.commit(model, draft.cut, draft.record, draft.offsets)
     return draft.record
 
 
@@ -122,10 +158,34 @@ class Draft:
     Attributes:
         cut: What it does to tensors and attributes.
         record: What will stand in the history.
+        offsets: What takes up what the removed channels emit.
+        plan: What goes.
+        graph: The reading that it was planned on, where that is at hand and offsets are asked for.
     """
 
     cut: Cut
     record: PruneRecord
+    offsets: Offsets
+    plan: PruningPlan
+    graph: Graph | None
+
+    def sent(self) -> Draft:
+        """Return what other ranks need of it."""
+        return replace(self, graph=None)
+
+    def received(self, first: Draft) -> Draft:
+        """Return the draft of the first rank, with the reading of this one."""
+        return replace(first, graph=self.graph)
+
+    def digest(self) -> str:
+        """Return a hash of what it does."""
+        return hashlib.sha256(repr(self.record).encode()).hexdigest()
+
+    def offsets_in(self, copy: nn.Module) -> Offsets:
+        """Return the offsets in a copy of the model that has other weights."""
+        with selected(copy, self.cut.selects):
+            found = Offsets() if self.graph is None else absorb(copy, self.graph, self.plan)
+        return Offsets(found.added, {name: bias for name, bias in found.biases.items() if name in self.cut.biases})
 
 
 def draft_cut(model: nn.Module, example_inputs: ExampleInputs, request: Request) -> Draft:
@@ -133,11 +193,27 @@ def draft_cut(model: nn.Module, example_inputs: ExampleInputs, request: Request)
 
     A group whose cut would not work is frozen with the reason, and the rest is planned anew.
     """
+    selects = _selects(model, example_inputs, request)
+    with selected(model, selects):
+        draft = _draft(model, example_inputs, request)
+    cut, record = replace(draft.cut, selects=selects), replace(draft.record, selects=selects)
+    return replace(draft, cut=cut, record=record)
+
+
+def _selects(model: nn.Module, example_inputs: ExampleInputs, request: Request) -> tuple[str, ...]:
+    """Name the BatchNorms that get a layer of their own to pick channels with."""
+    if request.trunks == "whole":
+        return ()
+    graph = read(model, example_inputs, request.ignore, request.heads)
+    return trunk_norms(model, graph, ignored_tensors(model, request.ignore))
+
+
+def _draft(model: nn.Module, example_inputs: ExampleInputs, request: Request) -> Draft:
     graph = read(model, example_inputs, request.ignore, request.heads)
     scores = score_groups(request.criterion, model, graph.groups)
     if not scores:
         frozen = "; ".join(f"{group.name}: {group.frozen}" for group in graph.groups if group.frozen)
-        raise ValueError(
+        raise NothingToPruneError(
             f"{type(request.criterion).__name__} finds nothing to prune in {type(model).__name__}: "
             f"{frozen or 'no group that it can score'}. Choose another criterion, or loosen `ignore`."
         )
@@ -147,9 +223,15 @@ def draft_cut(model: nn.Module, example_inputs: ExampleInputs, request: Request)
         plan = _plan(model, graph, scores, request, baseline, lessons)
         trial = verify(model, graph, plan, prepare(model, graph, plan), lessons.mended)
         if not trial.refused:
-            cut = replace(trial.cut, before=attributes_of(model, trial.cut.attributes))
+            absorbing = graph if request.constants == "absorb" else None
+            offsets = Offsets() if absorbing is None else absorb(model, absorbing, plan)
+            cut = replace(
+                trial.cut,
+                before=attributes_of(model, trial.cut.attributes),
+                biases={name: len(bias) for name, bias in offsets.biases.items()},
+            )
             record = _record(model, graph, plan, replace(trial, cut=cut), request, baseline, lessons.refused)
-            return Draft(cut, record)
+            return Draft(cut, record, offsets, plan, absorbing)
         lessons.learn(trial, plan, scores, kinds_of(model, graph.groups))
 
 
@@ -242,7 +324,7 @@ def _record(
         dense = known[group.name].dense if group.name in known else group.size
         channels[group.name] = Change(dense, group.size, group.size - len(plan.removed.get(group.name, ())))
     cut = trial.cut
-    left = count_params(model, cut_shapes(named_tensors(model), cut.kept))
+    left = count_params(model, cut_shapes(named_tensors(model), cut.kept)) + sum(cut.biases.values())
     params = Change(baseline.params, count_params(model), left)
     macs = Change(baseline.macs, baseline.macs_now, per_example(trial.macs, graph.inputs))
     counted = [channels[name] for name in baseline.channels]
@@ -264,4 +346,5 @@ def _record(
         kept={name: {dim: tuple(kept.tolist()) for dim, kept in dims.items()} for name, dims in cut.kept.items()},
         attributes=cut.attributes,
         before=cut.before,
+        biases=cut.biases,
     )

@@ -53,6 +53,8 @@ def _record(plain: dict[str, Any]) -> PruneRecord:
         "kept": _each(plain["kept"], lambda dims: {_of(int, dim): _numbers(at) for dim, at in _of(dict, dims).items()}),
         "attributes": _sizes(plain["attributes"]),
         "before": _sizes(plain["before"]),
+        "selects": tuple(_of(str, name) for name in _of(list, plain.get("selects", []))),
+        "biases": _each(plain.get("biases", {}), lambda width: _of(int, width)),
     }
     return PruneRecord(**{**plain, **numbers, **moment, **parts})
 

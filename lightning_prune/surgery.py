@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.cut import Cut, cut_tensor, prepare, uncut_tensor
+from lightning_prune.cut import Cut, Offsets, cut_tensor, prepare, uncut_tensor
 from lightning_prune.errors import SurgeryError
 from lightning_prune.graph import Graph
+from lightning_prune.selection import insert, put
 from lightning_prune.tensors import named_modules, named_tensors, set_attributes, with_own_train
 from lightning_prune.types import Attributes, PruningPlan
 from lightning_prune.verification import verify
@@ -60,20 +62,57 @@ def together() -> Iterator[list[Undo]]:
         raise
 
 
-def apply(model: nn.Module, cut: Cut, notes: Mapping[str, object] | None = None) -> Undo:
+def apply(
+    model: nn.Module, cut: Cut, notes: Mapping[str, object] | None = None, offsets: Offsets | None = None
+) -> Undo:
     """Make all new tensors, then put them in their places; if anything fails, everything is what it was.
 
     Args:
         model: The model, changed in place.
         cut: What is done.
         notes: Entries of the model's `__dict__` that are set together with the cut.
+        offsets: What is added to tensors before they are cut; new biases are 0 without it.
 
     Returns:
         What takes the cut back.
     """
-    return _exchange_all(
-        model, cut, lambda tensor, name: cut_tensor(tensor, cut.kept[name]), cut.attributes, notes or {}
-    )
+    offsets = offsets or Offsets()
+
+    def change(tensor: Tensor, name: str) -> Tensor:
+        return cut_tensor(tensor, cut.kept.get(name, {}))
+
+    def moved(tensor: Tensor, name: str) -> Tensor:
+        return change(_added(tensor, offsets.added[name]) if name in offsets.added else tensor, name)
+
+    with together() as steps:
+        norms = insert(model, cut.selects)
+        steps.append(lambda: put(model, norms))
+        modules = named_modules(model)
+        biases = {name: _bias(modules[name], width, offsets.biases.get(name)) for name, width in cut.biases.items()}
+        setting = _Setting(cut.attributes, biases, notes or {})
+        steps.append(_exchange_all(model, [*cut.kept, *offsets.added], moved, change, setting))
+    return _undo_all(steps)
+
+
+def _undo_all(steps: Sequence[Undo]) -> Undo:
+    def undo() -> None:
+        for step in reversed(steps):
+            step()
+
+    return undo
+
+
+def _added(tensor: Tensor, offset: Tensor) -> Tensor:
+    return (tensor.detach() + offset.to(tensor.device)).to(tensor.dtype)
+
+
+def _bias(module: nn.Module, width: int, values: Tensor | None) -> nn.Parameter:
+    """Make a bias beside a weight."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    zeros = torch.zeros(width, dtype=weight.dtype, device=weight.device)
+    data = zeros if values is None else values.to(zeros)
+    return nn.Parameter(data, requires_grad=weight.requires_grad)
 
 
 def revert(model: nn.Module, cut: Cut, notes: Mapping[str, object] | None = None) -> Undo:
@@ -87,23 +126,49 @@ def revert(model: nn.Module, cut: Cut, notes: Mapping[str, object] | None = None
     Returns:
         What does the cut again, with the weights that there are now.
     """
-    return _exchange_all(
-        model, cut, lambda tensor, name: uncut_tensor(tensor, cut.kept[name], cut.shapes[name]), cut.before, notes or {}
-    )
+
+    def change(tensor: Tensor, name: str) -> Tensor:
+        return uncut_tensor(tensor, cut.kept[name], cut.shapes[name])
+
+    with together() as steps:
+        setting = _Setting(cut.before, dict.fromkeys(cut.biases), notes or {})
+        steps.append(_exchange_all(model, cut.kept, change, change, setting))
+        selects = {name: model.get_submodule(name) for name in cut.selects}
+        steps.append(lambda: put(model, selects))
+        put(model, {name: norm for name, module in selects.items() for norm in list(module.children())[1:]})
+    return _undo_all(steps)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What is set beside the tensors.
+
+    Attributes:
+        attributes: The module attributes that hold sizes.
+        biases: Module name -> the bias that it gets, or None where it loses one.
+        notes: Entries of the model's `__dict__`.
+    """
+
+    attributes: Attributes
+    biases: Mapping[str, nn.Parameter | None]
+    notes: Mapping[str, object]
 
 
 def _exchange_all(
     model: nn.Module,
-    cut: Cut,
+    names: Iterable[str],
     change: Callable[[Tensor, str], Tensor],
-    attributes: Attributes,
-    notes: Mapping[str, object],
+    change_gradient: Callable[[Tensor, str], Tensor],
+    setting: _Setting,
 ) -> Undo:
-    tensors = {name: tensor for name, tensor in named_tensors(model).items() if name in cut.kept}
+    chosen = set(names)
+    tensors = {name: tensor for name, tensor in named_tensors(model).items() if name in chosen}
     with torch.inference_mode(False), torch.no_grad():
         data = {name: change(tensor, name) for name, tensor in tensors.items()}
-        gradients = {name: change(tensor.grad, name) for name, tensor in tensors.items() if tensor.grad is not None}
-        return _put_in_place(model, tensors, data, gradients, attributes, notes)
+        gradients = {
+            name: change_gradient(tensor.grad, name) for name, tensor in tensors.items() if tensor.grad is not None
+        }
+        return _put_in_place(model, tensors, data, gradients, setting)
 
 
 def _put_in_place(
@@ -111,13 +176,14 @@ def _put_in_place(
     tensors: Mapping[str, Tensor],
     data: Mapping[str, Tensor],
     gradients: Mapping[str, Tensor],
-    attributes: Attributes,
-    notes: Mapping[str, object],
+    setting: _Setting,
 ) -> Undo:
+    attributes, notes = setting.attributes, setting.notes
     modules = named_modules(model)
     own = dict(model.__dict__)
     before = {name: (tensor.data, tensor.grad) for name, tensor in tensors.items()}
     sizes = {name: {key: getattr(modules[name], key) for key in values} for name, values in attributes.items()}
+    biases = {name: modules[name]._parameters["bias"] for name in setting.biases}
 
     def undo() -> None:
         with torch.inference_mode(False), torch.no_grad():
@@ -125,6 +191,8 @@ def _put_in_place(
                 _exchange(tensors[name], old, gradient)
         for name, values in sizes.items():
             modules[name].__dict__.update(values)
+        for name, bias in biases.items():
+            modules[name]._parameters["bias"] = bias
         for key in notes:
             model.__dict__.pop(key, None)
         model.__dict__.update({key: own[key] for key in notes if key in own})
@@ -135,6 +203,8 @@ def _put_in_place(
             _exchange(tensors[name], new, gradients.get(name))
         for name, values in attributes.items():
             set_attributes(modules[name], values)
+        for name, bias in setting.biases.items():
+            modules[name]._parameters["bias"] = bias
         _forget_what_was_computed(model)
         model.__dict__.update(notes)
     except BaseException:

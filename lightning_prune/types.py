@@ -19,6 +19,16 @@ Heads: TypeAlias = Literal["whole", "inside", "keep"]
 
 HEADS: tuple[Heads, ...] = ("whole", "inside", "keep")
 
+Constants: TypeAlias = Literal["absorb", "drop"]
+"""What becomes of what removed channels emit on average: it goes into the next bias or running mean, or is lost."""
+
+CONSTANTS: tuple[Constants, ...] = ("absorb", "drop")
+
+Trunks: TypeAlias = Literal["whole", "selected"]
+"""How a trunk that several BatchNorms read is cut: as one with all its readers, or each reader picks from the whole."""
+
+TRUNKS: tuple[Trunks, ...] = ("whole", "selected")
+
 Kept: TypeAlias = Mapping[str, Mapping[int, Tensor]]
 """Tensor name -> dimension -> positions that stay, ascending: what a cut does to the tensors."""
 
@@ -134,6 +144,8 @@ class PruneRecord:
         kept: What stayed of these tensors; with `attributes` enough to do the cut again.
         attributes: The module attributes that hold sizes, and their new values.
         before: The values that they had; with `shapes` and `kept` enough to take the cut back.
+        biases: Name of a module without a bias -> the width of the one that it got, for what removed channels emitted.
+        selects: Names of the BatchNorm modules that got a `ChannelSelect` first; other names are those after that.
         epoch: When the cut happened, where there is a trainer.
         step: The optimizer step before which it happened, where there is a trainer.
     """
@@ -149,6 +161,8 @@ class PruneRecord:
     kept: Mapping[str, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
     attributes: Attributes = field(default_factory=dict)
     before: Attributes = field(default_factory=dict)
+    biases: Mapping[str, int] = field(default_factory=dict)
+    selects: tuple[str, ...] = ()
     epoch: int | None = None
     step: int | None = None
 

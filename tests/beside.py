@@ -20,7 +20,7 @@ either_side = pytest.mark.parametrize("side", [1, -1], ids=["cut first", "cut la
 
 
 def cut(epoch: int = CUT) -> PruneCallback:
-    return PruneCallback(0.5, begin=epoch, end=epoch)
+    return PruneCallback(0.5, begin=epoch, end=epoch, constants="drop")
 
 
 def beside(prune: PruneCallback, *others: Callback, side: int = 1) -> list[Callback]:

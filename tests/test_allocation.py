@@ -249,3 +249,22 @@ class TestRatios:
 
 def _net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 3))
+
+
+class TestEventCap:
+    def test_it_counts_against_what_a_group_still_has(self) -> None:
+        scores = {"a": torch.arange(8.0), "b": 10 + torch.arange(8.0)}
+        plan = allocate(scores, 0.5, Global(event_cap=0.5))
+        assert {name: indices.tolist() for name, indices in plan.removed.items()} == {
+            "a": [0, 1, 2, 3],
+            "b": [0, 1, 2, 3],
+        }
+        assert plan.held_back == {"a": "keeps 4 channels in place of 0: min_channels=1, event_cap=0.5"}
+        left = {"a": torch.arange(4.0), "b": 10 + torch.arange(4.0)}
+        plan = allocate(left, 0.75, Global(event_cap=0.5), dense={"a": 8, "b": 8})
+        assert {name: len(indices) for name, indices in plan.removed.items()} == {"a": 2, "b": 2}
+
+    @pytest.mark.parametrize("cap", [0.0, -0.1, 1.5])
+    def test_a_cap_out_of_range_is_refused(self, cap: float) -> None:
+        with pytest.raises(ValueError, match=rf"`event_cap` is the fraction .* in \(0, 1\]; got {cap}"):
+            Global(event_cap=cap)

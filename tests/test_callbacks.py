@@ -61,7 +61,9 @@ OPTIMIZERS = {
 def test_the_optimizer_follows_a_cut(optimizer: Callable[..., Optimizer], example: Tensor | None) -> None:
     module = Module(optimizer, example=example)
     before, after = (Spy("on_train_batch_start" if example is None else "on_train_epoch_start") for _ in range(2))
-    trainer(before, PruneCallback(0.5, criterion=Random(1), begin=2, end=2), after, max_epochs=3).fit(module)
+    trainer(before, PruneCallback(0.5, criterion=Random(1), begin=2, end=2, constants="drop"), after, max_epochs=3).fit(
+        module
+    )
     (record,) = history_of(module)
     assert (record.epoch, record.step, record.reached) == (2, 2 * STEPS, 0.5)
     assert widths(module) == [4, 4]
@@ -314,7 +316,7 @@ class Manual(Module):
 
 def test_manual_optimization_with_several_optimizers() -> None:
     module, before, after = Manual(), Spy(), Spy()
-    fit = trainer(before, PruneCallback(0.5, criterion=Random(1), begin=2, end=2), after)
+    fit = trainer(before, PruneCallback(0.5, criterion=Random(1), begin=2, end=2, constants="drop"), after)
     fit.fit(module)
     (record,) = history_of(module)
     for name, state in before.notes[2].items():

@@ -33,9 +33,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_p
 EPOCHS = 6
 
 METHODS: dict[str, Callable[..., PruneCallback]] = {
-    "prune": PruneCallback,
-    "magnitude": MagnitudePruneCallback,
-    "slimming": partial(BNSlimmingCallback, strength=0.01),
+    "prune": partial(PruneCallback, constants="drop"),
+    "magnitude": partial(MagnitudePruneCallback, constants="drop"),
+    "slimming": partial(BNSlimmingCallback, strength=0.01, constants="drop"),
 }
 ALL = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 

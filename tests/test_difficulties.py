@@ -42,7 +42,7 @@ def trial(name: str) -> Trial:
     with told(difficulty):
         groups = find_groups(dense, x)
     with told(difficulty):
-        record = prune(cut, x, pruning_ratio=difficulty.ratio)
+        record = prune(cut, x, pruning_ratio=difficulty.ratio, constants="drop")
     return Trial(dense.eval(), groups, cut, record)
 
 
@@ -139,7 +139,8 @@ def test_groups_that_lose_unequal_shares_are_exact_too(name: str) -> None:
     dense, x = difficulty.dense().eval(), difficulty.example()
     cut = copy.deepcopy(dense)
     with told(difficulty):
-        record = prune(cut, x, pruning_ratio=0.4, allocation=Global(cap=0.8), criterion=Random(seed=1))
+        how = {"allocation": Global(cap=0.8), "criterion": Random(seed=1), "constants": "drop"}
+        record = prune(cut, x, pruning_ratio=0.4, **how)
     assert relative_error(outputs(cut, x), outputs(zeroed(dense, record), x)) < 1e-10
 
 

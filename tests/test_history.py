@@ -26,7 +26,7 @@ INPUT = torch.randn(3, 1, 6, 6, generator=torch.Generator().manual_seed(5))
 def cut_thrice() -> nn.Sequential:
     net = network()
     for seed, ratio in enumerate((0.25, 0.4, 0.7)):
-        prune(net, EXAMPLE, pruning_ratio=ratio, criterion=Random(seed))
+        prune(net, EXAMPLE, pruning_ratio=ratio, criterion=Random(seed), constants="drop")
     return net
 
 

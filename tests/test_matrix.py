@@ -158,7 +158,7 @@ class Watch(Callback):
 
 
 def random_cut() -> PruneCallback:
-    return PruneCallback(0.5, criterion=Random(1), begin=CUT, end=CUT)
+    return PruneCallback(0.5, criterion=Random(1), begin=CUT, end=CUT, constants="drop")
 
 
 def sizes_of(module: nn.Module) -> list[int]:

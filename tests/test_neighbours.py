@@ -186,7 +186,7 @@ def test_the_average_is_that_of_the_weights_that_stay(
     make: Callable[[], Callback], mix: Callable[[Tensor, Tensor, int], Tensor], example: Tensor | None, side: int
 ) -> None:
     module, shadow = Module(example=example), ShadowOfSteps(mix)
-    gradual = PruneCallback(0.5, schedule=linear, begin=0, end=2)
+    gradual = PruneCallback(0.5, schedule=linear, begin=0, end=2, constants="drop")
     trainer(*beside(gradual, make(), side=side), shadow).fit(module)
     assert [record.epoch for record in history_of(module)] == [1, 2]
     assert shadow.count == 4 * STEPS

@@ -81,7 +81,7 @@ class TestCut:
         dense = copy.deepcopy(net)
         gradients = {name: parameter.grad for name, parameter in net.named_parameters()}
         before = {name: (id(parameter), parameter.requires_grad) for name, parameter in net.named_parameters()}
-        record = prune(net, X, pruning_ratio=0.5)
+        record = prune(net, X, pruning_ratio=0.5, constants="drop")
         assert {name: (id(parameter), parameter.requires_grad) for name, parameter in net.named_parameters()} == before
         assert len(record.kept) > 10
         for name, parameter in net.named_parameters():
@@ -184,7 +184,7 @@ class TestSabotage:
         ],
     )
     def test_checks_fail(self, check: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(history, "apply", lambda model, cut, notes: model.__dict__.update(notes))
+        monkeypatch.setattr(history, "apply", lambda model, cut, notes, _: model.__dict__.update(notes))
         with pytest.raises((AssertionError, RuntimeError)):
             check()
 

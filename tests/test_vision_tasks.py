@@ -52,7 +52,7 @@ def pruned(name: str) -> Pruned:
     dense = model_of(task)
     model = copy.deepcopy(dense)
     with told(task):
-        record = prune(model, inputs_of(task), pruning_ratio=0.5)
+        record = prune(model, inputs_of(task), pruning_ratio=0.5, constants="drop")
     return Pruned(dense, model, record)
 
 

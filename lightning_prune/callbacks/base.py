@@ -19,7 +19,9 @@ from typing_extensions import override
 
 from lightning_prune import history, optimizers
 from lightning_prune.allocation import Allocation, Limits, Uniform
+from lightning_prune.calibration import tracking_norms
 from lightning_prune.callbacks.averages import averaged_copies
+from lightning_prune.callbacks.calibration import recalibrate_in_fit, training_data
 from lightning_prune.callbacks.checkpoints import follow_checkpoints, warn_of_late_scores
 from lightning_prune.callbacks.ranks import agreed, check_strategy, without_reducer
 from lightning_prune.callbacks.signals import signals_wait
@@ -30,7 +32,7 @@ from lightning_prune.pruner import Draft, Request, draft_cut
 from lightning_prune.report import history_table, record_table
 from lightning_prune.schedules import Schedule, one_shot
 from lightning_prune.surgery import together
-from lightning_prune.types import Heads, PruneRecord, Unit
+from lightning_prune.types import Constants, Heads, PruneRecord, Trunks, Unit
 
 _TOLD = 8
 """So many prune events are told before the fit."""
@@ -58,6 +60,10 @@ class PruneCallback(pl.Callback):
         heads: How attention heads are cut: "whole", "inside" or "keep" (see `find_groups`).
         min_channels: Channels that each group keeps at least.
         round_to: Widths are rounded to the nearest multiple of it.
+        constants: What becomes of what removed channels emit on average: "absorb" or "drop" (see `prune`).
+        trunks: How a trunk that several BatchNorms read is cut: "whole" or "selected" (see `prune`).
+        recalibrate: Over so many batches of the training data BatchNorm's running statistics are estimated anew after
+            each cut; 0 leaves them to the training.
 
     Raises:
         ValueError: An argument is out of its range, or `begin` lies after `end`.
@@ -79,12 +85,17 @@ class PruneCallback(pl.Callback):
         heads: Heads = "whole",
         min_channels: int = 1,
         round_to: int | None = None,
+        constants: Constants = "absorb",
+        trunks: Trunks = "whole",
+        recalibrate: int = 0,
     ) -> None:
         limits = Limits(min_channels, round_to)
-        self.request = Request(
-            pruning_ratio, of, criterion or Magnitude(), allocation or Uniform(), ignore, heads, limits
-        )
+        criterion, allocation = criterion or Magnitude(), allocation or Uniform()
+        self.request = Request(pruning_ratio, of, criterion, allocation, ignore, heads, limits, constants, trunks)
         self.timing = Timing(schedule, begin, end, every, every_n_steps)
+        if recalibrate < 0:
+            raise ValueError(f"`recalibrate` is a number of batches, 0 or more; got {recalibrate}.")
+        self.recalibrate = recalibrate
         self.events: dict[int, float] = {}
         self._epochs = inf
         self._done = -1
@@ -93,9 +104,12 @@ class PruneCallback(pl.Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(
-            **{name: _told(value) for part in (self.request, self.timing) for name, value in vars(part).items()}
-        )
+        parts = (self.request, self.timing, *self._settings())
+        return self._generate_state_key(**{name: _told(value) for part in parts for name, value in vars(part).items()})
+
+    def _settings(self) -> Sequence[object]:
+        """Return what else tells two callbacks of a class apart."""
+        return ()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -128,6 +142,12 @@ class PruneCallback(pl.Callback):
             f"only {reached[-1]:.0%} of pruning_ratio={self.request.pruning_ratio}. Lower `end`."
         )
 
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        made = [name for record in history.history_of(pl_module) for name in record.biases]
+        for optimizer in trainer.optimizers:  # before the checkpoint's state is loaded into them
+            optimizers.adopt(unwrapped(optimizer), pl_module, made)
+
     @property
     def is_finished(self) -> bool:
         """Whether the last prune event has been."""
@@ -136,6 +156,9 @@ class PruneCallback(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         optimizers.check(map(unwrapped, trainer.optimizers), pl_module)
+        if self.recalibrate:
+            training_data(trainer)
+            tracking_norms(pl_module)
         length = self.timing.length(trainer, self._epochs)
         if self.timing.unit == "step":
             self.events = self.timing.lay_out(length, type(self).__name__)
@@ -159,57 +182,69 @@ class PruneCallback(pl.Callback):
         if self.timing.unit == "step":
             if batch_idx % trainer.accumulate_grad_batches == 0:
                 self._fire(trainer, pl_module, example)
-        elif batch_idx == 0 and example is batch:
+        elif batch_idx == 0:  # a resumed fit may have come past `on_train_epoch_start`
             self._fire(trainer, pl_module, example)
 
     def _check_ahead(self, trainer: pl.Trainer, pl_module: pl.LightningModule, example: ExampleInputs) -> None:
         """Plan the whole pruning once before the first step, so that what is wrong shows before time is spent."""
         if not self._checked and not self.is_finished:
-            record = agreed(trainer, pl_module, lambda: draft_cut(pl_module, example, self.request)).record
             shares = [f"{at} ({share * self.request.pruning_ratio:.1%})" for at, share in self.events.items()]
             told = ", ".join(shares if len(shares) <= _TOLD else [*shares[: _TOLD - 1], "...", shares[-1]])
-            unit = self.timing.unit
-            rank_zero_info(f"{type(self).__name__}: prune events at {unit}s {told}; at present weights: {record}")
-            _tell_shortfall(record)
+            rank_zero_info(f"{type(self).__name__}: prune events at {self.timing.unit}s {told}")
+            self._rehearse(trainer, pl_module, example)
         self._checked = True
+
+    def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, example: ExampleInputs) -> None:
+        """Plan the last event at the weights that there are now."""
+        record = agreed(trainer, pl_module, lambda: draft_cut(pl_module, example, self.request)).record
+        rank_zero_info(f"{type(self).__name__}, at present weights: {record}")
+        if self.request.allocation.event_cap == 1:  # else it takes more than one event
+            _tell_shortfall(record)
 
     def _fire(self, trainer: pl.Trainer, pl_module: pl.LightningModule, example: ExampleInputs) -> None:
         """Cut if an event is due; one that a resumed fit has missed is made up for."""
         moments = list(self.events)
         come = bisect_right(moments, self.timing.now(trainer))
         if come and moments[come - 1] > self._done and trainer.current_epoch < self._epochs:
-            ratio = self.events[moments[come - 1]] * self.request.pruning_ratio
-            request = replace(self.request, pruning_ratio=ratio)
-            draft = agreed(trainer, pl_module, lambda: draft_cut(pl_module, example, request))
-            record = replace(draft.record, epoch=trainer.current_epoch, step=trainer.global_step)
-            with signals_wait():
-                self._cut(trainer, pl_module, replace(draft, record=record))
-                self._done = moments[come - 1]
-            self._tell(trainer, record)
+            self._event(trainer, pl_module, example, moments[come - 1])
 
-    def _cut(self, trainer: pl.Trainer, pl_module: pl.LightningModule, draft: Draft) -> None:
+    def _event(self, trainer: pl.Trainer, pl_module: pl.LightningModule, example: ExampleInputs, moment: int) -> None:
+        """Prune as far as the schedule says for this moment."""
+        request = replace(self.request, pruning_ratio=self.events[moment] * self.request.pruning_ratio)
+        draft = agreed(trainer, pl_module, lambda: draft_cut(pl_module, example, request))
+        with signals_wait():
+            record = self._cut(trainer, pl_module, draft)
+            self._done = moment
+        self._tell(trainer, record)
+
+    def _cut(self, trainer: pl.Trainer, pl_module: pl.LightningModule, draft: Draft) -> PruneRecord:
         """Cut the network and its averaged copies, and let the optimizers follow: all of it, or nothing."""
+        record = replace(draft.record, epoch=trainer.current_epoch, step=trainer.global_step)
         every = [unwrapped(optimizer) for optimizer in trainer.optimizers]
         optimizers.check(every, pl_module)
         _drop_spent_gradients(pl_module, every)
         with without_reducer(trainer), together() as steps:
-            for network in (pl_module, *averaged_copies(trainer)):
-                steps.append(history.commit(network, draft.cut, draft.record))
+            steps.append(history.commit(pl_module, draft.cut, record, draft.offsets))
+            for network in averaged_copies(trainer):
+                steps.append(history.commit(network, draft.cut, record, draft.offsets_in(network)))
             for optimizer in every:
                 steps.append(optimizers.rebuild(optimizer, pl_module, draft.cut))
             optimizers.check(every, pl_module)
+        if self.recalibrate:
+            recalibrate_in_fit(trainer, [pl_module, *averaged_copies(trainer)], self.recalibrate)
+        return record
 
     def _tell(self, trainer: pl.Trainer, record: PruneRecord) -> None:
         moment = f"{self.timing.unit} {self.timing.now(trainer)}"
         rank_zero_info(f"{type(self).__name__}, {moment}: {record}")
         _tell_shortfall(record)
-        if _shows_tables(trainer):
+        if shows_tables(trainer):
             Console().print(record_table(record, f"{type(self).__name__}, {moment}"))
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         records = history.history_of(pl_module)
-        if records and _shows_tables(trainer):
+        if records and shows_tables(trainer):
             Console().print(history_table(records))
 
     @override
@@ -233,7 +268,7 @@ def _drop_spent_gradients(pl_module: pl.LightningModule, every: Sequence[Optimiz
             optimizer.zero_grad(set_to_none=True)
 
 
-def _shows_tables(trainer: pl.Trainer) -> bool:
+def shows_tables(trainer: pl.Trainer) -> bool:
     """Tables go where the progress bar goes."""
     return trainer.is_global_zero and trainer.progress_bar_callback is not None
 

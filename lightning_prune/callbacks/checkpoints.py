@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
-from lightning_prune import history
+from lightning_prune import history, masks
 from lightning_prune.callbacks.averages import averaged_copies
 from lightning_prune.records import from_plain, to_plain
 from lightning_prune.surgery import together
@@ -27,15 +28,28 @@ def follow_checkpoints(pl_module: pl.LightningModule) -> None:
 
 
 def _save_with_history(pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-    checkpoint[history.KEY] = to_plain(history.history_of(pl_module))
+    _save(pl_module, checkpoint)
     type(pl_module).on_save_checkpoint(pl_module, checkpoint)
 
 
+def _save(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Add the history, and the masks if there are any."""
+    checkpoint[history.KEY] = to_plain(history.history_of(module))
+    if masks.masks_of(module):
+        checkpoint[masks.KEY] = masks.pack(masks.masks_of(module))
+
+
+def _reach(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Bring a network to the shapes of a checkpoint, and let it hold the checkpoint's masks."""
+    with together() as steps:
+        steps.append(history.reach(module, from_plain(checkpoint.get(history.KEY, []))))
+        masks.hold(module, masks.unpack(checkpoint.get(masks.KEY, {}), module))
+
+
 def _reach_then_load(pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-    records = from_plain(checkpoint.get(history.KEY, []))
     copies = averaged_copies(pl_module._trainer) if pl_module._trainer is not None else ()
     for network in (pl_module, *copies):
-        history.reach(network, records)
+        _reach(network, checkpoint)
     type(pl_module).on_load_checkpoint(pl_module, checkpoint)
 
 
@@ -76,12 +90,12 @@ class PrunedStateMixin(_Base):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the history."""
-        checkpoint[history.KEY] = to_plain(history.history_of(self))
+        _save(self, checkpoint)
         super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Reach the checkpoint's shapes."""
-        history.reach(self, from_plain(checkpoint.get(history.KEY, [])))
+        _reach(self, checkpoint)
         super().on_load_checkpoint(checkpoint)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

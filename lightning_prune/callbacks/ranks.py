@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import lightning.pytorch as pl
 import torch.distributed
@@ -14,11 +14,11 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import Self
 
 from lightning_prune.callbacks.checkpoints import PrunedStateMixin
 from lightning_prune.errors import PruningError
 from lightning_prune.history import history_of
-from lightning_prune.pruner import Draft
 from lightning_prune.tensors import named_tensors
 
 
@@ -51,15 +51,31 @@ def check_strategy(trainer: pl.Trainer, pl_module: pl.LightningModule, who: str)
         )
 
 
-def agreed(trainer: pl.Trainer, pl_module: nn.Module, draw_up: Callable[[], Draft]) -> Draft:
-    """Draw up a cut on every rank, and take that of the first.
+class Proposal(Protocol):
+    """What several ranks are to do alike."""
+
+    def sent(self) -> Self:
+        """Return what other ranks need of it."""
+
+    def received(self, first: Self) -> Self:
+        """Return the first rank's proposal, with what this one has kept of its own."""
+
+    def digest(self) -> str:
+        """Return a hash of it."""
+
+
+Proposed = TypeVar("Proposed", bound=Proposal)
+
+
+def agreed(trainer: pl.Trainer, pl_module: nn.Module, draw_up: Callable[[], Proposed]) -> Proposed:
+    """Draw up a proposal on every rank, and take that of the first.
 
     Whatever goes wrong on one rank is an error on all of them; none is left waiting.
 
     Args:
         trainer: Whose strategy knows the ranks.
         pl_module: The network; it must be the same on all ranks.
-        draw_up: Makes the draft.
+        draw_up: Makes the proposal.
 
     Raises:
         PruningError: Another rank has failed, or the ranks hold different networks or plans.
@@ -67,13 +83,15 @@ def agreed(trainer: pl.Trainer, pl_module: nn.Module, draw_up: Callable[[], Draf
     """
     if trainer.world_size == 1:
         return draw_up()
-    draft, failure = None, None
+    own, failure = None, None
     try:
-        draft = draw_up()
+        own = draw_up()
     except Exception as error:
         failure = error
-    first = trainer.strategy.broadcast(draft, src=0)
-    said = _gathered((None if failure is None else str(failure), _digest(pl_module), _digest_of(first)))
+    first = trainer.strategy.broadcast(None if own is None else own.sent(), src=0)
+    said = _gathered(
+        (None if failure is None else str(failure), _digest(pl_module), None if first is None else first.digest())
+    )
     if failure is not None:
         raise failure
     failed = [f"rank {rank} failed: {message}" for rank, (message, *_) in enumerate(said) if message is not None]
@@ -87,7 +105,8 @@ def agreed(trainer: pl.Trainer, pl_module: nn.Module, draw_up: Callable[[], Draf
                 "`pl.seed_everything` where its shape depends on chance."
             )
     assert first is not None
-    return first
+    assert own is not None
+    return own.received(first)
 
 
 def _gathered(mine: tuple[Any, ...]) -> list[tuple[Any, ...]]:
@@ -101,10 +120,6 @@ def _digest(model: nn.Module) -> str:
     """Return a hash of what must be the same on all ranks before a cut: names, shapes and history."""
     shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
     return hashlib.sha256(repr((shapes, history_of(model))).encode()).hexdigest()
-
-
-def _digest_of(draft: Draft | None) -> str:
-    return hashlib.sha256(repr(None if draft is None else draft.record).encode()).hexdigest()
 
 
 @contextmanager

@@ -22,11 +22,15 @@ def bn_scales(model: nn.Module, group: ChannelGroup) -> list[Member]:
 
 
 class BNScale(Criterion):
-    """Absolute BatchNorm scale: score_k = mean of |gamma_k| over the group's BatchNorm layers.
+    """Absolute BatchNorm scale: score_k = mean of |gamma| over all BatchNorm scales that channel k owns.
 
-    Liu et al. 2017 ("Network Slimming", section 3). The paper's networks have one BatchNorm a group; where a
-    residual sum ties several, their mean keeps the score on the scale of a single gamma, so that groups compare.
-    A group without a BatchNorm scale is passed over.
+    Liu et al. 2017 ("Network Slimming", section 3), |gamma_k|: the paper's networks have one BatchNorm a group. Where
+    a residual sum ties several, or a flatten gives a channel several positions of a BatchNorm1d, each layer counts
+    with the mean of its positions and all layers count alike: the score stays on the scale of a single gamma, so that
+    groups compare, and a channel is cheap only where it is weak in most of the branches that are summed.
+
+    A group without a BatchNorm scale is passed over. One that is partly under `ignore` is frozen by the graph and
+    does not come here: a score never leaves a layer out.
     """
 
     def score(self, model: nn.Module, group: ChannelGroup) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from lightning_prune.flow import Flow
 from lightning_prune.handlers.registry import Call, handles, packets
@@ -23,12 +24,19 @@ def batch_norm(flow: Flow, call: Call) -> None:
     """Everything of shape (C,) belongs to dimension 1 of the input."""
     source, *others = call.tensors
     channels = flow.of(source)[1]
-    _tie_all(flow, channels, others, call.name)
+    for tensor in others:
+        if tensor.shape == source.shape[1:2]:
+            flow.tie(channels, flow.of(tensor)[0], call.name)
     result, *statistics = tensors_in(call.out)
     flow.put(result, flow.of(source))
     for tensor in statistics:
         if tensor.dim() == 1 and tensor.shape[0] == source.shape[1]:
             flow.put(tensor, [channels])
+
+
+def is_batch_norm(op: OpOverload) -> bool:
+    """Tell whether an operation is a batch normalisation."""
+    return op.overloadpacket in _BATCH_NORMS
 
 
 def _tie_all(flow: Flow, channels: LabelArray | None, tensors: list[Tensor], where: str) -> None:
