@@ -1,4 +1,4 @@
-"""The L1 penalty: how fast it shrinks a parameter, where it comes to rest, and which optimizer gets which update."""
+"""The L1 penalty and its smooth form: how fast they shrink a parameter, where it rests, who gets which update."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from math import nan
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -138,3 +139,73 @@ def test_strength_out_of_range(strength: float) -> None:
 def test_unknown_update() -> None:
     with pytest.raises(ValueError, match="`update` is one of 'auto', 'subgradient', 'proximal'; got 'prox'"):
         L1(STRENGTH, "prox")  # type: ignore[arg-type]
+
+
+# smooth-L1
+
+
+@given(st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=8), st.sampled_from([1e-3, 0.25, 1.0]))
+@settings(deadline=None)
+def test_smooth_gradient_is_that_of_torch(values: list[float], delta: float) -> None:
+    scale, twin = parameter(*values), parameter(*values)
+    scale.grad = torch.zeros_like(scale)
+    L1(STRENGTH, delta=delta).add_to_gradients([scale])
+    (STRENGTH * F.smooth_l1_loss(twin, torch.zeros_like(twin), reduction="sum", beta=delta)).backward()
+    assert torch.allclose(scale.grad, twin.grad, rtol=1e-12, atol=1e-15)
+
+
+@given(st.floats(-3, 3, width=32), st.floats(0.001, 2.0), st.sampled_from([1e-3, 0.25, 1.0]))
+@settings(deadline=None)
+def test_smooth_proximal_step_minimises_what_it_should(value: float, stride: float, delta: float) -> None:
+    """x + stride * h'(x) = the old value: half the squared distance and the penalty are least together."""
+    scale = parameter(value)
+    L1(stride, "proximal", delta).shrink([scale], 1.0)
+    reached = scale.detach()
+    assert (reached + stride * (reached / delta).clamp(-1, 1)).item() == pytest.approx(value, abs=1e-12)
+
+
+def test_smooth_gradient_decays_inside_the_corner_where_the_sharp_one_jumps() -> None:
+    """gamma_t = gamma_0 - t lr lambda down to delta, and (1 - lr lambda / delta)^t delta from there."""
+    scale, delta, stride = parameter(0.02), 0.01, LR * STRENGTH
+    optimizer, penalty = SGD([scale], lr=LR), L1(STRENGTH, delta=delta)
+    for step in range(1, 31):
+        scale.grad = torch.zeros_like(scale)
+        penalty.add_to_gradients([scale])
+        optimizer.step()
+        expected = 0.02 - step * stride if step <= 10 else delta * (1 - stride / delta) ** (step - 10)
+        assert scale.item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("delta", [0.0, 0.5])
+def test_a_share_is_a_smaller_strength(delta: float) -> None:
+    for share in (0.25, 1.0):
+        scale, twin = parameter(0.3, -2.0), parameter(0.3, -2.0)
+        scale.grad, twin.grad = torch.zeros_like(scale), torch.zeros_like(twin)
+        L1(STRENGTH, delta=delta).add_to_gradients([scale], share)
+        L1(STRENGTH * share, delta=delta).add_to_gradients([twin])
+        L1(STRENGTH, delta=delta).shrink([scale], LR, share)
+        L1(STRENGTH * share, delta=delta).shrink([twin], LR)
+        assert torch.equal(scale.grad, twin.grad)
+        assert torch.equal(scale, twin)
+
+
+def test_no_share_is_no_penalty() -> None:
+    scale = parameter(0.3)
+    scale.grad = torch.zeros_like(scale)
+    L1(STRENGTH).add_to_gradients([scale], 0.0)
+    L1(STRENGTH).shrink([scale], LR, 0.0)
+    assert (scale.item(), scale.grad.item()) == (0.3, 0.0)
+
+
+@pytest.mark.parametrize("delta", [0.0, 0.5])
+def test_a_learning_rate_on_the_device_will_do(delta: float) -> None:
+    scale, twin = parameter(0.3, -2.0), parameter(0.3, -2.0)
+    L1(STRENGTH, delta=delta).shrink([scale], torch.tensor(LR, dtype=torch.float64))
+    L1(STRENGTH, delta=delta).shrink([twin], LR)
+    assert torch.allclose(scale, twin, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("delta", [-0.1, nan])
+def test_delta_out_of_range(delta: float) -> None:
+    with pytest.raises(ValueError, match=rf"`delta` is the half-width .* 0 or more; got {delta}\. 0 is plain L1"):
+        L1(STRENGTH, delta=delta)

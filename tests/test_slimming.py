@@ -22,6 +22,9 @@ from lightning_prune.schedules import linear
 
 STRENGTH = 0.05
 
+# fits of a few steps, in which no scale gets to zero: test_slimming_travel.py tests the warning
+pytestmark = pytest.mark.filterwarnings("ignore:BNSlimmingCallback. the scales cannot reach zero")
+
 
 def scales(module: nn.Module) -> dict[str, nn.Parameter]:
     return {
@@ -120,6 +123,57 @@ def test_scales_walk_down_by_lr_times_strength(optimizer: Callable[..., Optimize
         assert scale.tolist() == pytest.approx([expected] * len(scale), abs=1e-5)
 
 
+@pytest.mark.parametrize("make", [partial(SGD, lr=0.1), partial(AdamW, lr=0.1, weight_decay=0.0)], ids=["sgd", "adamw"])
+def test_smooth_l1_slows_down_near_zero(make: Callable[..., Optimizer]) -> None:
+    """12 strides of 0.05 lead from 1 to 0.4; with a corner of 0.8 the last 8 of them only shrink what is left."""
+    module = NoData(make)
+    trainer(BNSlimmingCallback(0.5, strength=0.5, delta=0.8, begin=2), max_epochs=3).fit(module)
+    gradient = isinstance(make(module.parameters()), SGD)
+    expected = 1.0
+    for _ in range(2 * STEPS):
+        inside = expected * (1 - 0.05 / 0.8) if gradient else expected * 0.8 / (0.8 + 0.05)
+        expected = max(expected - 0.05, inside)
+    assert module.net[1].weight.tolist() == pytest.approx([expected] * len(module.net[1].weight), abs=1e-5)
+    assert expected > 0.45
+
+
+def test_an_optimizer_that_maximizes_is_pulled_down_too() -> None:
+    module = NoData(partial(SGD, lr=0.1, maximize=True))
+    trainer(BNSlimmingCallback(0.5, strength=STRENGTH, begin=1), max_epochs=2).fit(module)
+    expected = 1 - STEPS * 0.1 * STRENGTH
+    assert module.net[1].weight.tolist() == pytest.approx([expected] * len(module.net[1].weight), abs=1e-5)
+
+
+class Counted(NoData):
+    """Steps half of its batches by hand."""
+
+    def __init__(self) -> None:
+        super().__init__(partial(SGD, lr=0.1))
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        self.manual_backward(super().training_step(batch, batch_idx))
+        if batch_idx % 2:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+
+@pytest.mark.parametrize("update", ["subgradient", "proximal"])
+def test_steps_taken_by_hand_get_it_once_each(update: Any) -> None:
+    module = Counted()
+    trainer(BNSlimmingCallback(0.5, strength=STRENGTH, update=update, begin=2), max_epochs=3).fit(module)
+    expected = 1 - STEPS * 0.1 * STRENGTH
+    assert module.net[4].weight.tolist() == pytest.approx([expected] * len(module.net[4].weight), abs=1e-5)
+
+
+def test_proximal_steps_with_accumulation_come_once_a_step() -> None:
+    module = NoData(partial(AdamW, lr=0.1, weight_decay=0.0))
+    callback = BNSlimmingCallback(0.5, strength=STRENGTH, begin=2)
+    trainer(callback, max_epochs=3, accumulate_grad_batches=3, precision="bf16-mixed").fit(module)
+    expected = 1 - 4 * 0.1 * STRENGTH
+    assert module.net[4].weight.tolist() == pytest.approx([expected] * len(module.net[4].weight), abs=1e-5)
+
+
 def test_proximal_reaches_exactly_zero_with_adamw() -> None:
     module = NoData(partial(AdamW, lr=0.1, weight_decay=0.0))
 
@@ -215,6 +269,17 @@ def test_no_hooks_are_left_behind() -> None:
     fit.fit(module)
     (optimizer,) = fit.optimizers
     assert not optimizer._optimizer_step_post_hooks
+
+
+def test_no_hooks_are_left_behind_by_a_crash() -> None:
+    class Broken(Module):
+        def on_train_epoch_end(self) -> None:
+            raise RuntimeError("power cut")
+
+    fit = trainer(BNSlimmingCallback(0.5, strength=1.0, begin=1))
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit.fit(Broken(partial(AdamW, lr=0.1)))
+    assert not fit.optimizers[0]._optimizer_step_post_hooks
 
 
 def test_slimming_is_a_prune_callback_with_defaults_of_the_paper() -> None:
