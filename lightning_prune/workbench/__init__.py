@@ -8,26 +8,33 @@ from lightning_prune.workbench.models import (
     VGG16BN,
     LeNet5,
     LeNet300,
+    MnistFC,
     ResNet,
     resnet20,
     resnet56,
     torchvision_model,
 )
 from lightning_prune.workbench.probe import CutProbe
+from lightning_prune.workbench.shared_trunks import DenseNet, PreActResNet, densenet40, resnet164
 
 __all__ = [
     "VGG16BN",
     "Classifier",
     "CutProbe",
+    "DenseNet",
     "Digits",
     "Experiment",
     "LeNet5",
     "LeNet300",
     "MemoryImages",
+    "MnistFC",
+    "PreActResNet",
     "ResNet",
     "ShiftAndFlip",
     "TorchvisionImages",
+    "densenet40",
     "resnet20",
     "resnet56",
+    "resnet164",
     "torchvision_model",
 ]

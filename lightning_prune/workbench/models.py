@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_prune.workbench.extras import optional
+from lightning_prune.workbench.pieces import check_sizes, conv3x3, start_from, widened
 
 _VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
 
@@ -27,7 +28,7 @@ class LeNet300(nn.Module):
 
     def __init__(self, in_channels: int = 1, image_size: int = 28, num_classes: int = 10) -> None:
         super().__init__()
-        _check_sizes(in_channels, image_size, num_classes, smallest=1)
+        check_sizes(in_channels, image_size, num_classes, smallest=1)
         self.fc1 = nn.Linear(in_channels * image_size**2, 300)
         self.fc2 = nn.Linear(300, 100)
         self.fc3 = nn.Linear(100, num_classes)
@@ -54,7 +55,7 @@ class LeNet5(nn.Module):
 
     def __init__(self, in_channels: int = 1, image_size: int = 28, num_classes: int = 10) -> None:
         super().__init__()
-        _check_sizes(in_channels, image_size, num_classes, smallest=4)
+        check_sizes(in_channels, image_size, num_classes, smallest=4)
         padding = 2 if image_size < 16 else 0
         side = image_size
         for _ in range(2):
@@ -69,6 +70,37 @@ class LeNet5(nn.Module):
         x = F.max_pool2d(self.conv1(images), 2)
         x = F.max_pool2d(self.conv2(x), 2)
         logits: Tensor = self.fc2(F.relu(self.fc1(x.flatten(1))))
+        return logits
+
+
+class MnistFC(nn.Module):
+    """The slimming paper's network for MNIST: hidden layers of 500 and 300 channels, each with a batch norm.
+
+    Source: Liu et al. 2017, "Learning efficient convolutional networks through network slimming", table 2.
+
+    Args:
+        in_channels: Colours of an image.
+        image_size: Pixels per side.
+        num_classes: Length of the output.
+        bn_scale: What the scales of the batch norms start from; the slimming paper takes 0.5.
+    """
+
+    def __init__(
+        self, in_channels: int = 1, image_size: int = 28, num_classes: int = 10, *, bn_scale: float = 1.0
+    ) -> None:
+        super().__init__()
+        check_sizes(in_channels, image_size, num_classes, smallest=1)
+        self.fc1 = nn.Linear(in_channels * image_size**2, 500)
+        self.bn1 = nn.BatchNorm1d(500)
+        self.fc2 = nn.Linear(500, 300)
+        self.bn2 = nn.BatchNorm1d(300)
+        self.fc3 = nn.Linear(300, num_classes)
+        start_from(self, bn_scale)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (batch, in_channels, image_size, image_size) to logits (batch, num_classes)."""
+        x = F.relu(self.bn1(self.fc1(images.flatten(1))))
+        logits: Tensor = self.fc3(F.relu(self.bn2(self.fc2(x))))
         return logits
 
 
@@ -98,13 +130,13 @@ class VGG16BN(nn.Module):
         bn_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        _check_sizes(in_channels, image_size, num_classes, smallest=1)
+        check_sizes(in_channels, image_size, num_classes, smallest=1)
         layers: list[nn.Module] = []
         channels, side = in_channels, image_size
         for step in _VGG16:
             if isinstance(step, int):
-                out = _widened(step, width)
-                layers += [_conv3x3(channels, out), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
+                out = widened(step, width)
+                layers += [conv3x3(channels, out), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
                 channels = out
             elif side > 1:
                 layers.append(nn.MaxPool2d(2))
@@ -112,7 +144,7 @@ class VGG16BN(nn.Module):
         self.features = nn.Sequential(*layers)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(channels, num_classes)
-        _start_from(self, bn_scale)
+        start_from(self, bn_scale)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (batch, in_channels, image_size, image_size) to logits (batch, num_classes)."""
@@ -152,9 +184,9 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, *, option: Literal["A", "B"]) -> None:
         super().__init__()
-        self.conv1 = _conv3x3(in_channels, out_channels, stride)
+        self.conv1 = conv3x3(in_channels, out_channels, stride)
         self.bn1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = _conv3x3(out_channels, out_channels)
+        self.conv2 = conv3x3(out_channels, out_channels)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
@@ -191,11 +223,11 @@ class ResNet(nn.Module):
         width: float = 1.0,
     ) -> None:
         super().__init__()
-        _check_sizes(in_channels, image_size, num_classes, smallest=4)
+        check_sizes(in_channels, image_size, num_classes, smallest=4)
         if option not in ("A", "B"):
             raise ValueError(f'`option` names the shortcut of He et al., "A" or "B"; got {option!r}.')
-        w16, w32, w64 = (_widened(channels, width) for channels in (16, 32, 64))
-        self.conv1 = _conv3x3(in_channels, w16)
+        w16, w32, w64 = (widened(channels, width) for channels in (16, 32, 64))
+        self.conv1 = conv3x3(in_channels, w16)
         self.bn1 = nn.BatchNorm2d(w16)
         self.stage1 = _stage(blocks, w16, w16, stride=1, option=option)
         self.stage2 = _stage(blocks, w16, w32, stride=2, option=option)
@@ -282,34 +314,6 @@ def _replace_first_convolution(net: nn.Module, in_channels: int) -> None:
         bias=old.bias is not None,
     )
     net.set_submodule(path, new)
-
-
-def _check_sizes(in_channels: int, image_size: int, num_classes: int, *, smallest: int) -> None:
-    if in_channels < 1:
-        raise ValueError(f"`in_channels` counts the colours of an image, 1 or more; got {in_channels}.")
-    if image_size < smallest:
-        raise ValueError(
-            f"`image_size` is the pixels per side, {smallest} or more for this network; got {image_size}. "
-            "Enlarge the images or take LeNet300."
-        )
-    if num_classes < 1:
-        raise ValueError(f"`num_classes` is the length of the output, 1 or more; got {num_classes}.")
-
-
-def _widened(channels: int, width: float) -> int:
-    if width <= 0:
-        raise ValueError(f"`width` is the factor on the channels, greater than 0; got {width}.")
-    return max(1, round(channels * width))
-
-
-def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
-
-
-def _start_from(net: nn.Module, bn_scale: float) -> None:
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.constant_(module.weight, bn_scale)
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int, option: Literal["A", "B"]) -> nn.Module:
