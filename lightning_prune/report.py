@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from rich.table import Table
+from torch import Tensor
 
 from lightning_prune.types import Change, ChannelGroup, PruneRecord
 
@@ -40,6 +41,20 @@ def record_table(record: PruneRecord, title: str = "Pruned") -> Table:
     table.add_section()
     table.add_row(*_row("parameters", record.params), "")
     table.add_row(*_row("MACs", record.macs), "")
+    return table
+
+
+def mask_table(masks: Mapping[str, Tensor], title: str = "Masks") -> Table:
+    """Tell masks, a line each: how many weights the layer has, how many are left, and their share."""
+    table = Table(title=title)
+    for column in ("layer", "weights", "left", "share"):
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    left = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
+    for name, mask in masks.items():
+        table.add_row(name, count(mask.numel()), count(left[name]), f"{left[name] / mask.numel():.1%}")
+    total = sum(mask.numel() for mask in masks.values())
+    table.add_section()
+    table.add_row("all", count(total), count(sum(left.values())), f"{sum(left.values()) / max(total, 1):.1%}")
     return table
 
 

@@ -12,8 +12,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from lightning_prune.allocation import Allocation
-from lightning_prune.callbacks import PruneCallback
+from lightning_prune.allocation import Allocation, WeightAllocation
+from lightning_prune.callbacks import PruneCallback, RigLCallback
 from lightning_prune.criteria import Criterion
 from lightning_prune.schedules import events
 
@@ -41,7 +41,7 @@ def test_every_choice_composes_and_resolves(group: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", names("method"))
 def test_methods_are_prune_callbacks(name: str) -> None:
-    assert isinstance(instantiate(composed(f"method={name}").method), PruneCallback)
+    assert isinstance(instantiate(composed(f"method={name}").method), PruneCallback | RigLCallback)
 
 
 @pytest.mark.parametrize("name", names("criterion"))
@@ -51,12 +51,19 @@ def test_criteria_can_be_chosen_for_the_engine(name: str) -> None:
     assert type(method.request.criterion).__name__.lower() == name.replace("_", "")
 
 
-@pytest.mark.parametrize("name", names("allocation"))
-@pytest.mark.parametrize("method", names("method"))
-def test_allocations_can_be_chosen_for_every_method(name: str, method: str) -> None:
+@pytest.mark.parametrize("name", ["uniform", "global"])
+@pytest.mark.parametrize("method", ["magnitude", "prune", "slimming"])
+def test_allocations_of_channels_can_be_chosen(name: str, method: str) -> None:
     callback = instantiate(composed(f"method={method}", f"allocation={name}").method)
     assert isinstance(callback.request.allocation, Allocation)
     assert type(callback.request.allocation).__name__.lower() == name
+
+
+@pytest.mark.parametrize("name", names("allocation"))
+def test_allocations_of_weights_can_be_chosen(name: str) -> None:
+    callback = instantiate(composed("method=weights", f"allocation={name}").method)
+    assert isinstance(callback.weight_allocation, WeightAllocation)
+    assert type(callback.weight_allocation).__name__.lower() == name.replace("_", "")
 
 
 @pytest.mark.parametrize("name", names("schedule"))

@@ -3,7 +3,19 @@
 from lightning_prune.callbacks.base import PruneCallback
 from lightning_prune.callbacks.checkpoints import PrunedStateMixin
 from lightning_prune.callbacks.magnitude import MagnitudePruneCallback
+from lightning_prune.callbacks.masking import MaskPruneCallback
 from lightning_prune.callbacks.monitor import SparsityMonitor
+from lightning_prune.callbacks.retraining import Retraining
+from lightning_prune.callbacks.rigl import RigLCallback
 from lightning_prune.callbacks.slimming import BNSlimmingCallback
 
-__all__ = ["BNSlimmingCallback", "MagnitudePruneCallback", "PruneCallback", "PrunedStateMixin", "SparsityMonitor"]
+__all__ = [
+    "BNSlimmingCallback",
+    "MagnitudePruneCallback",
+    "MaskPruneCallback",
+    "PruneCallback",
+    "PrunedStateMixin",
+    "Retraining",
+    "RigLCallback",
+    "SparsityMonitor",
+]

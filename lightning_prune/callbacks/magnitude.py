@@ -1,38 +1,58 @@
-"""Channels with small weights go, a few at a time."""
+"""What is small goes, a little at a time: channels, weights, or weights in a pattern."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Literal
 
-from lightning_prune.allocation import Allocation
-from lightning_prune.callbacks.base import PruneCallback
+from lightning_prune.allocation import Allocation, WeightAllocation
+from lightning_prune.callbacks.masking import MaskPruneCallback
+from lightning_prune.callbacks.retraining import Retraining
 from lightning_prune.criteria import Magnitude
+from lightning_prune.granularity import Granularity
+from lightning_prune.granularity import granularity as read_granularity
 from lightning_prune.schedules import Schedule, cubic
-from lightning_prune.types import Heads, Unit
+from lightning_prune.types import Constants, Heads, Trunks, Unit
 
 
-class MagnitudePruneCallback(PruneCallback):
-    """Prunes channels by the norm of their weights (Li et al. 2017; schedule: Zhu & Gupta 2017).
+class MagnitudePruneCallback(MaskPruneCallback):
+    """Prunes by magnitude (schedule: Zhu & Gupta 2017).
+
+    With `granularity="channels"` channels with small norms are cut out (Li et al. 2017). All others mask single weights
+    (Han et al. 2015, "Learning both Weights and Connections"), which are exactly 0 from then on, in the network and in
+    every file, and cut out the channels that have no weights left.
 
     Args:
-        pruning_ratio: Fraction to be gone in the end, in [0, 1).
-        p: Order of the norm, 1 or 2.
-        allocation: `Uniform()` if None; norms of different layers compare only roughly.
+        pruning_ratio: Fraction to be gone in the end, in [0, 1); of channels (see `of`), or of weights.
+        granularity: "channels", "weights", "2:4" or another n:m (n stay of every m consecutive inputs), "blocks" (of
+            4 x 4 weights), sides such as "8x1", or a `Granularity`. A pattern n:m says itself how many weights go.
+        p: Order of the norm of channels, 1 or 2.
+        allocation: How the ratio is shared out: `Uniform()` if None, or `Global()`; for weights also `LAMP()`, `ERK()`,
+            `StdThreshold(q)` (the paper's) and `PerLayer({...})`. Norms of different layers compare only roughly.
+        retraining: How weights are retrained: learning rates, dropout, dead channels, rewinding, parts in turn;
+            `Retraining()` if None. Not for channels.
+        of: What the ratio of channels counts: "channels", "params" or "macs".
 
-    The other arguments are those of `PruneCallback`.
+    The other arguments are those of `PruneCallback`; `heads`, `min_channels`, `round_to`, `constants` and `trunks` are
+    about channels only.
+
+    Raises:
+        ValueError: An argument is out of its range, or does not go with the granularity.
 
     Example:
         >>> callback = MagnitudePruneCallback(0.5, begin=2, end=8)
+        >>> callback = MagnitudePruneCallback(0.92, granularity="weights", retraining=Retraining(lr_factor=0.1))
     """
 
     def __init__(
         self,
         pruning_ratio: float = 0.5,
         *,
+        granularity: str | Granularity = "channels",
         p: Literal[1, 2] = 2,
         of: Unit = "channels",
-        allocation: Allocation | None = None,
+        allocation: Allocation | WeightAllocation | None = None,
+        retraining: Retraining | None = None,
         schedule: Schedule = cubic,
         begin: int | None = None,
         end: int | None = None,
@@ -42,12 +62,30 @@ class MagnitudePruneCallback(PruneCallback):
         heads: Heads = "whole",
         min_channels: int = 1,
         round_to: int | None = None,
+        constants: Constants = "absorb",
+        trunks: Trunks = "whole",
+        recalibrate: int = 0,
     ) -> None:
+        unit = None if granularity == "channels" else read_granularity(granularity)
+        of_channels = allocation if isinstance(allocation, Allocation) else None
+        of_weights = allocation if isinstance(allocation, WeightAllocation) else None
+        if unit is None and retraining is not None:
+            raise ValueError(f'`retraining` is about weights; got {retraining} with granularity="channels".')
+        if allocation is not None and (of_channels if unit is None else of_weights) is None:
+            raise ValueError(
+                f"`allocation` {allocation!r} does not share out {'channels' if unit is None else 'weights'}, and "
+                f"`granularity` is {granularity!r}. Uniform() and Global() share out both."
+            )
+        if unit is not None and of != "channels":
+            raise ValueError(f"`of` is about channels; got {of!r} with granularity={granularity!r}. Leave it out.")
         super().__init__(
             pruning_ratio,
+            granularity=unit,
+            weight_allocation=of_weights,
+            retraining=retraining,
             of=of,
             criterion=Magnitude(p),
-            allocation=allocation,
+            allocation=of_channels,
             schedule=schedule,
             begin=begin,
             end=end,
@@ -57,4 +95,7 @@ class MagnitudePruneCallback(PruneCallback):
             heads=heads,
             min_channels=min_channels,
             round_to=round_to,
+            constants=constants,
+            trunks=trunks,
+            recalibrate=recalibrate,
         )
