@@ -195,8 +195,9 @@ class MaskPruneCallback(PruneCallback):
             if self.retraining.rewind_to is not None:
                 rewind(pl_module, self._snapshot_now(pl_module), every)
             put_on({**masks_of(pl_module), **masks}, trainer, pl_module)
-            self._lower_dropouts(pl_module, masks)
             records = self._remove_dead(trainer, pl_module, example)
+            masks = {name: masks_of(pl_module)[name] for name in masks}
+            self._lower_dropouts(pl_module, masks)
             self._follow(pl_module, every)
             if self._done < 0:  # last, since all else can be done twice
                 scale_learning_rates(trainer, every, self.retraining.lr_factor)
