@@ -225,7 +225,6 @@ def test_schedulers_go_on() -> None:
         ({"decay": constant}, [4, 8, 12, 16], None),
         ({"end": 500}, [4, 8, 12, 16, 20], 500),
     ],
-    ids=str,
 )
 def test_when_and_how_many(
     settings: dict[str, Any], moments: list[int], end: int | None, monkeypatch: pytest.MonkeyPatch

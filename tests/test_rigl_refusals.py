@@ -32,7 +32,6 @@ from lightning_prune.masks import hold, masks_of
         ({"allocation": "2:4"}, TypeError, r"`allocation` says .* got '2:4'. Use ERK\(\), Uniform\(\)"),
         ({"granularity": "2:4"}, TypeError, "granularity"),
     ],
-    ids=str,
 )
 def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
