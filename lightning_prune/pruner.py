@@ -81,8 +81,8 @@ class Request:
         check_heads(self.heads)
         if not isinstance(self.allocation, Allocation):
             raise TypeError(
-                f"`allocation` shares channels out, as Uniform() and Global() do; got {self.allocation!r}. For weights "
-                'use MagnitudePruneCallback(granularity="weights").'
+                f"`allocation` {self.allocation!r} shares weights out, not channels. Use Uniform() or Global(), or "
+                'MagnitudePruneCallback(granularity="weights").'
             )
         for name, known in (("constants", CONSTANTS), ("trunks", TRUNKS)):
             if getattr(self, name) not in known:

@@ -32,7 +32,7 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write weights, history and masks of a model, without the zeros; the file appears whole or not at all.
 
     Each tensor is written in the smallest of three ways: as it is, as values and a bitmap, or as values and relative
-    indices (`lightning_prune.coding`). A tensor with 2 of every 4 weights takes its values and 4 bits a group. A mask
+    indices (see `coding`). A tensor with 2 of every 4 weights takes its values and 4 bits a group. A mask
     takes nothing where it says what the values say.
 
     Args:

@@ -127,7 +127,7 @@ class MaskPruneCallback(PruneCallback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and trainer.current_epoch == 0 and True:  # another network
+        if stage == "fit" and trainer.current_epoch == 0 and not masks_of(pl_module):  # another network
             self._dense, self._dropouts, self._lowered, self._acts_on = {}, {}, {}, {}
             self._earlier, self._cuts_then = {}, 0
 

@@ -97,7 +97,7 @@ class Upkeep:
         if prepared and self._leaves_zeros(optimizer):
             return
         for weight, bits in self._masked_by(optimizer):
-            _clear(weight, bits)
+            _clear(weight.data, bits)  # unseen by autograd: a step that moved nothing must not spoil a graph
 
     def _leaves_zeros(self, optimizer: Optimizer) -> bool:
         """Tell whether an optimizer leaves a 0 at 0; looked at after the first step with these masks."""
