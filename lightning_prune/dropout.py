@@ -14,8 +14,8 @@ from lightning_prune.errors import PruningError
 from lightning_prune.flow import Flow
 from lightning_prune.inputs import ExampleInputs, bind
 from lightning_prune.labels import LabelSpace
-from lightning_prune.maskable import maskable
-from lightning_prune.masks import Masks
+from lightning_prune.masks.held import Masks
+from lightning_prune.masks.maskable import maskable
 from lightning_prune.tensors import named_modules, named_tensors
 from lightning_prune.trace import SUBSTRATES, Setting, run
 

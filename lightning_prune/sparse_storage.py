@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import history, masks
-from lightning_prune.coding import Coded, decode, encode, from_plain, occupied, places
 from lightning_prune.errors import HistoryError
-from lightning_prune.masks import Masks, masks_of
+from lightning_prune.masks.coding import Coded, decode, encode, from_plain, occupied, places
+from lightning_prune.masks.held import Masks, masks_of
 from lightning_prune.records import from_plain as read_records
 from lightning_prune.records import to_plain
 from lightning_prune.tensors import named_parameters, unwrapped

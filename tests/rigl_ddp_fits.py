@@ -19,7 +19,7 @@ from ddp_fits import ByHand, Shuffled, ddp, fit, hashed
 from test_rigl import Watch, kept, sparse
 from torch.optim import AdamW
 
-from lightning_prune.masks import masks_of
+from lightning_prune.masks.held import masks_of
 
 
 def exchanging(module: Callable[[], pl.LightningModule] = Shuffled, grow: Any = "gradient", **settings: Any) -> Any:

@@ -12,8 +12,7 @@ from scans import Data, Module, two_batches, two_layers
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_prune.sensitivity import batches
-from lightning_prune.sensitivity import sensitivity
+from lightning_prune.sensitivity import batches, sensitivity
 
 
 class TestData:

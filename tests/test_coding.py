@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_prune.coding import Coded, decode, encode, from_plain, occupied, places
+from lightning_prune.masks.coding import Coded, decode, encode, from_plain, occupied, places
 
 KINDS = [
     torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.complex64, torch.int64,
@@ -94,7 +94,7 @@ class TestThereAndBack:
         assert same_bits(there_and_back(tensor.transpose(0, 1)), tensor.transpose(0, 1))
 
     def test_codes_of_several_pieces(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("lightning_prune.coding._PIECE", 8)
+        monkeypatch.setattr("lightning_prune.masks.coding._PIECE", 8)
         tensor = (torch.rand(5000) < 0.02).float()
         assert same_bits(there_and_back(tensor), tensor)
 

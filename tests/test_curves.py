@@ -16,10 +16,10 @@ from rich.console import Console
 from scans import conv_net, images
 
 from lightning_prune.errors import PruningError
-from lightning_prune.masking import magnitude_masks
+from lightning_prune.masks.allocations import PerLayer
+from lightning_prune.masks.magnitude import magnitude_masks
 from lightning_prune.sensitivity import Row, Sensitivity, sensitivity
 from lightning_prune.sensitivity.heatmap import colour
-from lightning_prune.weight_allocation import PerLayer
 
 WHITE, DARK = (255, 255, 255), (165, 0, 38)
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_prune.granularity import NM, Blocks, Granularity, Weights, granularity
+from lightning_prune.masks.granularity import NM, Blocks, Granularity, Weights, granularity
 
 
 class TestParsing:

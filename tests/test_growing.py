@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from lightning_prune.allocation import Global, Uniform
 from lightning_prune.errors import PruningError
-from lightning_prune.growing import constant, cosine_decay, exchange, lot, random_masks
-from lightning_prune.masks import sparsity
-from lightning_prune.weight_allocation import ERK, LAMP, PerLayer, StdThreshold
+from lightning_prune.masks.allocations import ERK, LAMP, PerLayer, StdThreshold
+from lightning_prune.masks.growing import constant, cosine_decay, exchange, lot, random_masks
+from lightning_prune.masks.held import sparsity
 
 
 def mask_of(*places: int, size: int) -> Tensor:

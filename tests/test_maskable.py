@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.prune import l1_unstructured
 
 from lightning_prune.errors import PruningError
-from lightning_prune.maskable import dense_layers, input_first, maskable
+from lightning_prune.masks.maskable import dense_layers, input_first, maskable
 
 
 class Everything(nn.Module):

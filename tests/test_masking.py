@@ -14,11 +14,11 @@ from torch import nn
 
 from lightning_prune.allocation import Allocation, DenseLayer, Global, Uniform, WeightAllocation
 from lightning_prune.errors import PruningError, ScoreError
-from lightning_prune.granularity import NM, Blocks
-from lightning_prune.maskable import dense_layers
-from lightning_prune.masking import magnitude_masks
-from lightning_prune.masks import Masks, apply, layer_sparsity, sparsity
-from lightning_prune.weight_allocation import ERK, LAMP, PerLayer, StdThreshold
+from lightning_prune.masks.allocations import ERK, LAMP, PerLayer, StdThreshold
+from lightning_prune.masks.granularity import NM, Blocks
+from lightning_prune.masks.held import Masks, apply, layer_sparsity, sparsity
+from lightning_prune.masks.magnitude import magnitude_masks
+from lightning_prune.masks.maskable import dense_layers
 
 
 def lenet() -> nn.Sequential:
@@ -223,7 +223,7 @@ class TestErrors:
 MANY = """
 import resource, torch
 from lightning_prune.allocation import Global
-from lightning_prune.masking import magnitude_masks
+from lightning_prune.masks.magnitude import magnitude_masks
 net = torch.nn.Linear(10_000, 10_000, bias=False)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 mask = magnitude_masks(net, 0.9, allocation=Global())["weight"]

@@ -19,8 +19,7 @@ from lightning_prune import prune
 from lightning_prune.cut import Cut, cut_tensor
 from lightning_prune.errors import HistoryError, PruningError
 from lightning_prune.graph import read
-from lightning_prune.masking import magnitude_masks
-from lightning_prune.masks import (
+from lightning_prune.masks.held import (
     ATTRIBUTE,
     Masks,
     apply,
@@ -32,6 +31,7 @@ from lightning_prune.masks import (
     sparsity,
     unpack,
 )
+from lightning_prune.masks.magnitude import magnitude_masks
 from lightning_prune.surgery import remove
 from lightning_prune.types import PruningPlan
 

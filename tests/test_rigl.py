@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader
 
 from lightning_prune.allocation import Uniform
 from lightning_prune.callbacks import RigLCallback, rigl
-from lightning_prune.growing import constant, random_masks
-from lightning_prune.masks import apply, hold, masks_of, sparsity
-from lightning_prune.weight_allocation import PerLayer
+from lightning_prune.masks.allocations import PerLayer
+from lightning_prune.masks.growing import constant, random_masks
+from lightning_prune.masks.held import apply, hold, masks_of, sparsity
 
 EVERY = 4
 

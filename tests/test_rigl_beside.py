@@ -26,8 +26,8 @@ from torch.amp import GradScaler
 from torch.optim import SGD, Optimizer
 
 from lightning_prune.callbacks import MagnitudePruneCallback, PrunedStateMixin, RigLCallback
-from lightning_prune.growing import random_masks
-from lightning_prune.masks import masks_of
+from lightning_prune.masks.growing import random_masks
+from lightning_prune.masks.held import masks_of
 
 
 def test_bfloat16() -> None:

@@ -12,8 +12,8 @@ from test_rigl import sparse
 from torch.optim import Optimizer
 
 from lightning_prune.callbacks import RigLCallback
-from lightning_prune.growing import random_masks
-from lightning_prune.masks import hold, masks_of
+from lightning_prune.masks.growing import random_masks
+from lightning_prune.masks.held import hold, masks_of
 
 
 @pytest.mark.parametrize(

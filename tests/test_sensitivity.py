@@ -18,7 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_prune import prune
 from lightning_prune.criteria import Random
 from lightning_prune.errors import NothingToPruneError, PruningError, ScoreError
-from lightning_prune.masking import magnitude_masks
+from lightning_prune.masks.magnitude import magnitude_masks
 from lightning_prune.sensitivity import Sensitivity, sensitivity
 
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from lightning_prune import history_of, load_pruned, prune, save_pruned
 from lightning_prune.errors import HistoryError, PruningError
-from lightning_prune.masking import magnitude_masks
-from lightning_prune.masks import Masks, apply, hold, masks_of
-from lightning_prune.semi_structured import to_semi_structured
+from lightning_prune.masks.held import Masks, apply, hold, masks_of
+from lightning_prune.masks.magnitude import magnitude_masks
+from lightning_prune.masks.semi_structured import to_semi_structured
 from lightning_prune.sizes import stale_sizes
 from lightning_prune.sparse_storage import load_sparse, save_sparse
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_prune import prune
 from lightning_prune.allocation import DenseLayer, Global, MaskedLayer, Uniform, WeightAllocation
-from lightning_prune.weight_allocation import (
+from lightning_prune.masks.allocations import (
     ERK,
     LAMP,
     PerLayer,
@@ -78,7 +78,7 @@ class TestLAMP:
     def test_pieces_make_no_difference(self, monkeypatch: pytest.MonkeyPatch) -> None:
         weights = torch.rand(50, dtype=torch.float64)
         whole = lamp_scores(weights)
-        monkeypatch.setattr("lightning_prune.weight_allocation._PIECE", 7)
+        monkeypatch.setattr("lightning_prune.masks.allocations._PIECE", 7)
         assert torch.allclose(lamp_scores(weights), whole, rtol=1e-14)
 
     def test_the_scale_of_a_layer_does_not_count(self) -> None:

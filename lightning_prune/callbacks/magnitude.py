@@ -9,8 +9,8 @@ from lightning_prune.allocation import Allocation, WeightAllocation
 from lightning_prune.callbacks.masking import MaskPruneCallback
 from lightning_prune.callbacks.retraining import Retraining
 from lightning_prune.criteria import Magnitude
-from lightning_prune.granularity import Granularity
-from lightning_prune.granularity import granularity as read_granularity
+from lightning_prune.masks.granularity import Granularity
+from lightning_prune.masks.granularity import granularity as read_granularity
 from lightning_prune.schedules import Schedule, cubic
 from lightning_prune.types import Constants, Heads, Trunks, Unit
 

@@ -37,11 +37,11 @@ from lightning_prune.callbacks.upkeep import Upkeep
 from lightning_prune.criteria import Alive
 from lightning_prune.cut import cut_tensor
 from lightning_prune.errors import NothingToPruneError, PruningError
-from lightning_prune.granularity import Granularity
 from lightning_prune.inputs import ExampleInputs
-from lightning_prune.maskable import dense_layers, maskable
-from lightning_prune.masking import magnitude_masks
-from lightning_prune.masks import Masks, apply, hold, masks_of, packed_bits
+from lightning_prune.masks.granularity import Granularity
+from lightning_prune.masks.held import Masks, apply, hold, masks_of, packed_bits
+from lightning_prune.masks.magnitude import magnitude_masks
+from lightning_prune.masks.maskable import dense_layers, maskable
 from lightning_prune.pruner import Draft, draft_cut
 from lightning_prune.report import mask_table
 from lightning_prune.tensors import named_parameters

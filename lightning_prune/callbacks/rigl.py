@@ -22,7 +22,8 @@ from lightning_prune.callbacks.ranks import agreed, check_strategy
 from lightning_prune.callbacks.signals import signals_wait
 from lightning_prune.callbacks.timing import Timing, epochs_of
 from lightning_prune.callbacks.upkeep import Upkeep
-from lightning_prune.growing import (
+from lightning_prune.masks.allocations import ERK
+from lightning_prune.masks.growing import (
     Decay,
     Growth,
     check_allocation,
@@ -32,10 +33,9 @@ from lightning_prune.growing import (
     lot,
     random_masks,
 )
-from lightning_prune.maskable import maskable
-from lightning_prune.masks import Masks, masks_of, sparsity
+from lightning_prune.masks.held import Masks, masks_of, sparsity
+from lightning_prune.masks.maskable import maskable
 from lightning_prune.schedules import one_shot
-from lightning_prune.weight_allocation import ERK
 
 _NEAR = 0.005
 """Masks that a network brings along may be this far from the sparsity asked."""
@@ -66,7 +66,7 @@ class RigLCallback(pl.Callback):
         allocation: How it is shared out over the layers: `ERK()` if None, `Uniform()` or `PerLayer({...})`.
         grow: "gradient" (RigL) or "random" (SET).
         drop_fraction: Fraction of the kept weights that the first exchange drops, in [0, 1); 0 keeps the first masks.
-        decay: Pure function from progress to the share of it that is left, see `lightning_prune.growing`.
+        decay: Pure function from progress to the share of it that is left, see `lightning_prune.masks.growing`.
         every_n_steps: Optimizer steps (`trainer.global_step`) from one exchange to the next.
         end: Exchanges come before this step (int), or before this fraction of the fit's steps (float in (0, 1]).
         ignore: Patterns of module names that stay dense.
@@ -285,7 +285,7 @@ def _check_exchange(grow: Growth, drop_fraction: float, decay: Decay, every_n_st
     if not all(0 <= share <= 1 for share in shares):
         raise ValueError(
             f"`decay` is a function from progress to the share of `drop_fraction` that is left, [0, 1] -> [0, 1]; at "
-            f"0, 0.25, 0.5, 0.75 and 1 it gives {shares}. Use lightning_prune.growing.cosine_decay or constant."
+            f"0, 0.25, 0.5, 0.75 and 1 it gives {shares}. Use lightning_prune.masks.growing.cosine_decay or constant."
         )
     if every_n_steps < 1:
         raise ValueError(

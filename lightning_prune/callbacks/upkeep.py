@@ -24,7 +24,7 @@ from torch.optim import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prune.masks import Masks
+from lightning_prune.masks.held import Masks
 from lightning_prune.tensors import named_parameters, unwrapped
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -20,9 +20,9 @@ from lightning_prune.errors import NothingToPruneError
 from lightning_prune.graph import read
 from lightning_prune.inputs import Inputs
 from lightning_prune.lessons import Lessons
-from lightning_prune.maskable import maskable
-from lightning_prune.masking import magnitude_masks
-from lightning_prune.masks import apply
+from lightning_prune.masks.held import apply
+from lightning_prune.masks.magnitude import magnitude_masks
+from lightning_prune.masks.maskable import maskable
 from lightning_prune.types import PruningPlan
 from lightning_prune.verification import verify
 

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_prune.masks import packed_bits, unpacked_bits
+from lightning_prune.masks.held import packed_bits, unpacked_bits
 
 _WIDTHS = range(2, 17)
 _PIECE = 2**20

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.allocation import DenseLayer, Global, MaskedLayer, WeightAllocation
-from lightning_prune.maskable import maskable
-from lightning_prune.masks import Masks
+from lightning_prune.masks.allocations import ERK, LAMP, StdThreshold
+from lightning_prune.masks.held import Masks
+from lightning_prune.masks.maskable import maskable
 from lightning_prune.ranking import lowest
-from lightning_prune.weight_allocation import ERK, LAMP, StdThreshold
 
 Growth: TypeAlias = Literal["gradient", "random"]
 """Which weights grow: those with the largest gradient (RigL), or any (SET)."""

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from lightning_prune.allocation import DenseLayer, MaskedLayer, Uniform, WeightAllocation
 from lightning_prune.errors import PruningError, ScoreError
-from lightning_prune.granularity import NM, Granularity
-from lightning_prune.granularity import granularity as read_granularity
-from lightning_prune.maskable import input_first, maskable
-from lightning_prune.masks import Masks, check_fit
+from lightning_prune.masks.allocations import deviation
+from lightning_prune.masks.granularity import NM, Granularity
+from lightning_prune.masks.granularity import granularity as read_granularity
+from lightning_prune.masks.held import Masks, check_fit
+from lightning_prune.masks.maskable import input_first, maskable
 from lightning_prune.ranking import lowest
-from lightning_prune.weight_allocation import deviation
 
 
 def magnitude_masks(

@@ -11,8 +11,8 @@ from torch.nn.parameter import UninitializedParameter
 from lightning_prune.allocation import DenseLayer
 from lightning_prune.errors import PruningError
 from lightning_prune.graph import ignored_tensors
+from lightning_prune.masks.allocations import deviation
 from lightning_prune.tensors import named_modules, unwrapped
-from lightning_prune.weight_allocation import deviation
 
 
 def maskable(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, nn.Parameter]:
