@@ -2,8 +2,8 @@
 
     python benchmarks/zeros.py [--threads 1] [--seconds 1.0]
 
-Prints the time of a linear layer (4096 x 4096, batch 64) and of a convolution (256 x 256 x 3 x 3 on 28 x 28, batch 8) as
-a ratio to the dense weights, for shares of zeros, and of the layer with that share of its output channels cut.
+Prints the time of a linear layer (4096 x 4096, batch 64), of a convolution (256 x 256 x 3 x 3 on 28 x 28, batch 8), as
+a ratio to the dense weights, for shares of zeros, and of a layer with that share of its output channels cut.
 """
 
 from __future__ import annotations
