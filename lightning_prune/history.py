@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from lightning_prune import masks
 from lightning_prune.cut import Cut, Offsets
-from lightning_prune.errors import HistoryError
+from lightning_prune.errors import HistoryError, PruningError
 from lightning_prune.records import from_plain, to_plain
 from lightning_prune.selection import selected
 from lightning_prune.sizes import stale_sizes
@@ -230,9 +230,10 @@ def load_pruned(model: Model | type[Model], path: str | os.PathLike[str], **argu
     try:
         check_weights(unwrapped(built), state)
         held = masks.unpack(checkpoint.get(masks.KEY, {}), built)
+        masks.check_zeros(held, state)
         unwrapped(built).load_state_dict(state)
         masks.hold(built, held)
-    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+    except (PruningError, RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
         undo()
         raise HistoryError(f"The weights of {path} do not fit the model: {error}") from error
     except BaseException:

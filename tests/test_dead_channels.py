@@ -138,7 +138,6 @@ def test_the_output_is_what_it_was(name: str, make: Callable[..., Optimizer]) ->
     assert is_exact(module)
 
 
-@pytest.mark.xfail(strict=True, reason="emissions.py takes a convolution of one input channel for a depthwise one")
 def test_the_output_is_what_it_was_behind_a_single_channel() -> None:
     """Grey images, as MNIST's: the first layer's dead channels."""
     net = conv_net(1)

@@ -289,7 +289,6 @@ def test_flipped_bits_are_refused_before_the_first_step(file: Path) -> None:
     assert fit.global_step == 4 * STEPS
 
 
-@pytest.mark.xfail(strict=True, reason="load_pruned does not compare masks with weights (history.py)")
 def test_flipped_bits_are_refused_by_load_pruned(file: Path) -> None:
     flipped(file)
     with pytest.raises(PruningError, match="not 0"):

@@ -18,7 +18,7 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_prune.callbacks.upkeep import Upkeep
-from lightning_prune.errors import PruningError, TraceError
+from lightning_prune.errors import PruningError
 from lightning_prune.masks.held import Masks, apply, hold, masks_of
 
 APART: dict[str, Callable[..., Optimizer]] = {
@@ -168,7 +168,6 @@ def test_other_precisions(precision: Any, make: Callable[..., Optimizer]) -> Non
     assert is_exact(module)
 
 
-@pytest.mark.xfail(strict=True, reason="base.py reads the network with example_input_array as it is", raises=TraceError)
 def test_an_example_in_ordinary_precision_serves_a_fit_in_double_precision() -> None:
     """As Lightning takes it; only a convolution with a bias tells the difference on tensors without memory."""
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(64, 4))

@@ -166,18 +166,18 @@ class PruneCallback(pl.Callback):
         elif trainer.max_steps >= 0:
             self._check_reach(trainer, length, f"max_steps={trainer.max_steps}")
         if pl_module.example_input_array is not None:
-            self._check_ahead(trainer, pl_module, pl_module.example_input_array)
+            self._check_ahead(trainer, pl_module, _own_example(trainer, pl_module))
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if pl_module.example_input_array is not None and self.timing.unit == "epoch":
-            self._fire(trainer, pl_module, pl_module.example_input_array)
+            self._fire(trainer, pl_module, _own_example(trainer, pl_module))
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        example = batch if pl_module.example_input_array is None else pl_module.example_input_array
+        example = batch if pl_module.example_input_array is None else _own_example(trainer, pl_module)
         self._check_ahead(trainer, pl_module, example)
         if self.timing.unit == "step":
             if batch_idx % trainer.accumulate_grad_batches == 0:
@@ -259,6 +259,11 @@ class PruneCallback(pl.Callback):
 def unwrapped(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
     """Return the torch optimizer inside a Lightning one."""
     return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+
+
+def _own_example(trainer: pl.Trainer, pl_module: pl.LightningModule) -> ExampleInputs:
+    """Return the module's example inputs in the Trainer's precision."""
+    return trainer.precision_plugin.convert_input(pl_module.example_input_array)
 
 
 def _drop_spent_gradients(pl_module: pl.LightningModule, every: Sequence[Optimizer]) -> None:

@@ -36,10 +36,10 @@ from lightning_prune.callbacks.signals import signals_wait
 from lightning_prune.callbacks.upkeep import Upkeep
 from lightning_prune.criteria import Alive
 from lightning_prune.cut import cut_tensor
-from lightning_prune.errors import NothingToPruneError, PruningError
+from lightning_prune.errors import NothingToPruneError
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.masks.granularity import Granularity
-from lightning_prune.masks.held import Masks, apply, hold, masks_of, packed_bits
+from lightning_prune.masks.held import Masks, apply, check_zeros, hold, masks_of, packed_bits
 from lightning_prune.masks.magnitude import magnitude_masks
 from lightning_prune.masks.maskable import dense_layers, maskable
 from lightning_prune.pruner import Draft, draft_cut
@@ -142,7 +142,7 @@ class MaskPruneCallback(PruneCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._began = trainer.global_step
         if self.unit is not None:
-            check_zeros(pl_module)
+            check_zeros(masks_of(pl_module), named_parameters(pl_module))
             self._follow(pl_module)
         super().on_train_start(trainer, pl_module)
         if self.unit is not None:
@@ -377,22 +377,6 @@ def check_alone(callback: MasksWeights, trainer: pl.Trainer, pl_module: pl.Light
                     f"{type(callback).__name__} and {type(other).__name__} both mask {min(both)!r}. Keep one of "
                     "them, or divide the layers between them with `ignore`."
                 )
-
-
-def check_zeros(model: nn.Module) -> None:
-    """See that the weights that a model's masks prune are 0, as they are wherever masks were put on.
-
-    Raises:
-        PruningError: One is not.
-    """
-    weights = named_parameters(model)
-    for name, mask in masks_of(model).items():
-        left = int(weights[name].detach()[~mask.to(weights[name].device)].count_nonzero())
-        if left:
-            raise PruningError(
-                f"The mask for {name!r} prunes {left} weights that are not 0: the checkpoint is damaged, or the masks "
-                "were never applied. Load another one, or call `lightning_prune.masks.apply(masks_of(model), model)`."
-            )
 
 
 def put_on(masks: Masks, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -70,6 +70,25 @@ def check_fit(masks: Masks, model: nn.Module) -> None:
             )
 
 
+def check_zeros(masks: Masks, weights: Mapping[str, Tensor]) -> None:
+    """See that what masks prune is 0, as it is wherever masks were put on.
+
+    Args:
+        masks: The masks.
+        weights: Name -> weight of the mask's shape.
+
+    Raises:
+        PruningError: A pruned weight is not 0.
+    """
+    for name, mask in masks.items():
+        left = int(weights[name].detach()[~mask.to(weights[name].device)].count_nonzero())
+        if left:
+            raise PruningError(
+                f"The mask for {name!r} prunes {left} weights that are not 0: the checkpoint is damaged, or the masks "
+                "were never applied. Load another one, or call `lightning_prune.masks.apply(masks_of(model), model)`."
+            )
+
+
 _WAY_OUT = "Make the masks from this model, or take the model that they were made from, in the same shapes."
 
 
