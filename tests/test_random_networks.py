@@ -63,7 +63,8 @@ def check(recipe: Recipe, wish: Wish) -> None:
     assert_proven(dense, x, groups)
     cut = copy.deepcopy(dense)
     try:
-        record = prune(cut, x, pruning_ratio=wish.ratio, heads=wish.heads, criterion=Random(wish.seed))
+        how = {"pruning_ratio": wish.ratio, "heads": wish.heads, "criterion": Random(wish.seed)}
+        record = prune(cut, x, **how, constants="drop")
     except ValueError as error:
         assert_nothing_to_prune(groups, wish, error)
         return
@@ -256,7 +257,7 @@ def test_the_proof_notices_what_does_not_belong_together() -> None:
                 noticed.append(relative_error(outputs(permuted, x), before) > 1e3 * TOLERANCE)
 
     collect()
-    assert len(noticed) > 50
+    assert len(noticed) > 40
     assert sum(noticed) > 0.9 * len(noticed)
 
 
