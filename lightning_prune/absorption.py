@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_prune.cut import Offsets
-from lightning_prune.emissions import Emission, Emissions
+from lightning_prune.emissions import Emissions
 from lightning_prune.fate import Fate
 from lightning_prune.graph import Graph
 from lightning_prune.handlers import Call
 from lightning_prune.handlers.normalization import is_batch_norm
 from lightning_prune.labels import LabelArray
+from lightning_prune.nodes import Emission
 from lightning_prune.steps import Run, Seen, Step
 from lightning_prune.tensors import named_modules, named_tensors
 from lightning_prune.types import PruningPlan

@@ -11,8 +11,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -27,78 +26,13 @@ from lightning_prune.handlers.pointwise import pointwise as _pointwise
 from lightning_prune.handlers.pooling import pool as _pools
 from lightning_prune.handlers.registry import packets
 from lightning_prune.labels import LabelArray
+from lightning_prune.nodes import Emission, compact, is_even, normal
 from lightning_prune.steps import Run, Seen, Step, numbers_read, seen_in
 
 log = logging.getLogger(__name__)
 
-_Z = torch.linspace(-6, 6, 65, dtype=torch.float64)
-_WEIGHTS = torch.softmax(-_Z.square() / 2, 0)
 _MOST = 2**25
 """So many values are carried at most; of more, only the means."""
-
-
-@dataclass(frozen=True)
-class Emission:
-    """What a tensor of a run holds as far as it does not depend on the input.
-
-    Attributes:
-        values: Of shape (nodes, *shape), float64; one node where nothing varies, NaN where it is not known. Dimensions
-            along which all is the same have stride 0.
-        sources: The steps whose outputs it varies with.
-    """
-
-    values: Tensor
-    sources: frozenset[int] = frozenset()
-
-    @cached_property
-    def mean(self) -> Tensor:
-        """The average over the nodes, of the tensor's shape; dimensions without variation are of size 1."""
-        return _average(_compact(self.values))
-
-    @cached_property
-    def variance(self) -> Tensor:
-        """The variance over the nodes, as `mean`."""
-        return _average((_compact(self.values) - self.mean).square_())
-
-    def along(self, dim: int) -> Tensor:
-        """Return the mean along a dimension, of its size; NaN if other dimensions vary."""
-        return self._along(self.mean, dim)
-
-    def spread_along(self, dim: int) -> Tensor:
-        """Return the variance along a dimension, as `along`."""
-        return self._along(self.variance, dim)
-
-    def _along(self, compact: Tensor, dim: int) -> Tensor:
-        size = self.values.shape[dim + 1]
-        if compact.numel() != compact.shape[dim]:
-            return torch.full((size,), torch.nan, dtype=torch.float64)
-        return compact.flatten().expand(size)
-
-    def expanded(self, shape: Sequence[int]) -> Emission:
-        """Return it with its dimensions of size 1 expanded."""
-        return Emission(self.values.expand(-1, *shape), self.sources)
-
-
-def _compact(values: Tensor, dims: Sequence[int] | None = None) -> Tensor:
-    """Narrow the dimensions along which all is the same to size 1, but for the nodes."""
-    for dim in range(1, values.dim()) if dims is None else dims:
-        if values.shape[dim] > 1 and values.stride(dim) == 0:
-            values = values.narrow(dim, 0, 1)
-    return values
-
-
-def _average(values: Tensor) -> Tensor:
-    """Return the average over the nodes."""
-    if len(values) == 1:
-        return values[0]
-    return (_WEIGHTS @ values.reshape(len(values), -1)).view(values.shape[1:])
-
-
-def _normal(mean: Tensor, deviation: Tensor) -> Tensor:
-    """Return the values of mean + deviation z at the nodes."""
-    if not deviation.any():
-        return mean.unsqueeze(0)
-    return mean + deviation * _Z.view(-1, *[1] * mean.dim())
 
 
 class Emissions:
@@ -195,7 +129,7 @@ class Emissions:
         if not len(gone) or self.parameter(call["running_mean"]) is None:
             return None
         scale, shift = (self._chosen(call[name], gone, default) for name, default in (("weight", 1.0), ("bias", 0.0)))
-        emitted = _normal(shift, scale.abs())
+        emitted = normal(shift, scale.abs())
         before = self.of(call["input"])
         if before is not None:
             centre, variance = (self._chosen(call[f"running_{name}"], gone, 0.0) for name in ("mean", "var"))
@@ -233,7 +167,7 @@ class Emissions:
         if mean is None:
             return None
         first, second = (part.variance for part in inputs)
-        values = _normal(_compact(mean.values)[0], torch.sqrt(first + float(call.get("alpha", 1)) ** 2 * second))
+        values = normal(compact(mean.values)[0], torch.sqrt(first + float(call.get("alpha", 1)) ** 2 * second))
         return Emission(values, frozenset([self._place])).expanded(step.outputs[0][0])
 
     def _evaluated(
@@ -242,7 +176,7 @@ class Emissions:
         """Do an operation with what is known; what meets something unknown is unknown, but for what it is times 0."""
         rank = len(step.outputs[0][0])
         unknown = torch.full((1,), torch.nan, dtype=torch.float64)
-        parts = [unknown if part is None else _compact(part.values) for part in operands]
+        parts = [unknown if part is None else compact(part.values) for part in operands]
         parts = [part.reshape(len(part), *[1] * (rank + 1 - part.dim()), *part.shape[1:]) for part in parts]
         queue = list(parts)
 
@@ -286,12 +220,12 @@ class Emissions:
         dim = call["dim"] % rank
         shape = step.outputs[0][0]
         nodes = max(len(part.values) for part in known)
-        even = [other for other in range(rank) if other != dim and all(_is_even(part.values, other) for part in known)]
+        even = [other for other in range(rank) if other != dim and all(is_even(part.values, other) for part in known)]
         small = [1 if place in even else size for place, size in enumerate(shape)]
         unknown = torch.tensor(torch.nan, dtype=torch.float64)
         pieces = []
         for part, was in zip(parts, step.inputs, strict=True):
-            values = unknown if part is None else _compact(part.values, [place + 1 for place in even])
+            values = unknown if part is None else compact(part.values, [place + 1 for place in even])
             pieces.append(values.expand(nodes, *small[:dim], was[dim], *small[dim + 1 :]))
         sources = frozenset[int]().union(*(part.sources for part in known))
         return Emission(torch.cat(pieces, dim + 1), sources).expanded(shape)
@@ -304,9 +238,9 @@ class Emissions:
             return None
         spatial = re.search(r"([123])d", step.name)
         mixed = range(len(shape) - int(spatial[1] if spatial else 0), len(shape))
-        if not all(_is_even(source.values, dim) for dim in mixed):
+        if not all(is_even(source.values, dim) for dim in mixed):
             return None
-        values = _compact(source.values, [dim + 1 for dim in mixed])
+        values = compact(source.values, [dim + 1 for dim in mixed])
         if all(shape[dim] == 1 for dim in mixed) and "max" not in step.name:
             return Emission(Emission(values).mean.unsqueeze(0)).expanded(shape)
         return Emission(values, source.sources).expanded(shape)
@@ -319,10 +253,10 @@ class Emissions:
         values = source.values
         for place in range(len(pad) // 2):
             dim = len(shape) - 1 - place
-            if not _is_even(values, dim):
+            if not is_even(values, dim):
                 padded = [0, 0] * (len(shape) - 1 - dim) + pad[2 * place : 2 * place + 2]
-                values = torch.constant_pad_nd(_compact(values), padded, float(call.get("value", 0)))
-        return Emission(_compact(values), source.sources).expanded(shape)
+                values = torch.constant_pad_nd(compact(values), padded, float(call.get("value", 0)))
+        return Emission(compact(values), source.sources).expanded(shape)
 
     def average(self, step: Step, call: Call) -> Emission | None:
         """Average over dimensions; what varies from place to place is averaged out."""
@@ -342,10 +276,10 @@ class Emissions:
         bias = self.of(call["bias"])
         shift = torch.zeros(len(weight), dtype=torch.float64) if bias is None else bias.values[0]
         if call["groups"] == step.inputs[0][1] > 1:
-            if source is None or not _is_even(source.values, *range(2, source.values.dim() - 1)):
+            if source is None or not is_even(source.values, *range(2, source.values.dim() - 1)):
                 return None
             kernel = weight.detach().flatten(1).sum(1, dtype=torch.float64).cpu()
-            inputs = _compact(source.values).mean(1).flatten(1).repeat_interleave(len(weight) // call["groups"], 1)
+            inputs = compact(source.values).mean(1).flatten(1).repeat_interleave(len(weight) // call["groups"], 1)
             emitted, sources = inputs * kernel + shift, source.sources
         else:
             dead, sources = _dead_rows(weight.detach().flatten(1), shift, rows), frozenset[int]()
@@ -391,11 +325,6 @@ def _dead_rows(weight: Tensor, shift: Tensor, rows: Tensor) -> Tensor | None:
     dead = rows[~weight[rows.to(weight.device)].any(1).cpu()]
     emitted[dead] = shift[dead]
     return emitted.unsqueeze(0) if len(dead) else None
-
-
-def _is_even(values: Tensor, *dims: int) -> bool:
-    """Tell whether all is the same along dimensions of the tensor, the nodes not counted."""
-    return all(values.shape[dim + 1] == 1 or values.stride(dim + 1) == 0 for dim in dims)
 
 
 def _functional(op: OpOverload) -> OpOverload | None:
