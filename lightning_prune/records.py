@@ -31,7 +31,7 @@ def from_plain(plain: object) -> tuple[PruneRecord, ...]:
         HistoryError: It is something else.
     """
     try:
-        return tuple(_record(_of(dict, item)) for item in _of(list, plain))
+        return tuple(_record(of_type(dict, item)) for item in of_type(list, plain))
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise HistoryError(
             f"The pruning history is damaged or from another version ({type(error).__name__}: {str(error)[:200]}). "
@@ -40,49 +40,55 @@ def from_plain(plain: object) -> tuple[PruneRecord, ...]:
 
 
 def _record(plain: dict[str, Any]) -> PruneRecord:
-    numbers = {key: _number(plain[key]) for key in ("asked", "reached")}
-    moment = {key: None if plain[key] is None else _of(int, plain[key]) for key in ("epoch", "step")}
+    numbers = {key: number_in(plain[key]) for key in ("asked", "reached")}
+    moment = {key: None if plain[key] is None else of_type(int, plain[key]) for key in ("epoch", "step")}
     if plain["of"] not in UNITS:
         raise ValueError(f"the unit {plain['of']!r}")
     parts: dict[str, Any] = {
-        "channels": _each(plain["channels"], _change),
+        "channels": each_in(plain["channels"], _change),
         "params": _change(plain["params"]),
         "macs": _change(plain["macs"]),
-        "held_back": _each(plain["held_back"], lambda reason: _of(str, reason)),
-        "shapes": _each(plain["shapes"], _numbers),
-        "kept": _each(plain["kept"], lambda dims: {_of(int, dim): _numbers(at) for dim, at in _of(dict, dims).items()}),
+        "held_back": each_in(plain["held_back"], lambda reason: of_type(str, reason)),
+        "shapes": each_in(plain["shapes"], _numbers),
+        "kept": each_in(plain["kept"], _kept),
         "attributes": _sizes(plain["attributes"]),
         "before": _sizes(plain["before"]),
-        "selects": tuple(_of(str, name) for name in _of(list, plain.get("selects", []))),
-        "biases": _each(plain.get("biases", {}), lambda width: _of(int, width)),
+        "selects": tuple(of_type(str, name) for name in of_type(list, plain.get("selects", []))),
+        "biases": each_in(plain.get("biases", {}), lambda width: of_type(int, width)),
     }
     return PruneRecord(**{**plain, **numbers, **moment, **parts})
 
 
-def _of(kind: type[Part], value: Any) -> Part:
+def of_type(kind: type[Part], value: Any) -> Part:
     """Let a value through if it is of this type, and not of one derived from it."""
     if type(value) is not kind:
         raise TypeError(f"a {type(value).__name__} in place of a {kind.__name__}")
     return value
 
 
-def _number(value: Any) -> float:
+def number_in(value: Any) -> float:
+    """Let a finite number through, as a float."""
     if type(value) not in (int, float) or not isfinite(value):
         raise TypeError(f"{value!r} in place of a number")
     return float(value)
 
 
 def _numbers(value: Any) -> tuple[int, ...]:
-    return tuple(_of(int, item) for item in _of(list, value))
+    return tuple(of_type(int, item) for item in of_type(list, value))
 
 
-def _each(value: Any, read: Callable[[Any], Part]) -> dict[str, Part]:
-    return {_of(str, name): read(item) for name, item in _of(dict, value).items()}
+def each_in(value: Any, read: Callable[[Any], Part]) -> dict[str, Part]:
+    """Read every value of a dict whose keys are names."""
+    return {of_type(str, name): read(item) for name, item in of_type(dict, value).items()}
 
 
 def _change(value: Any) -> Change:
-    return Change(**{name: _of(int, count) for name, count in _of(dict, value).items()})
+    return Change(**{name: of_type(int, count) for name, count in of_type(dict, value).items()})
+
+
+def _kept(dims: Any) -> dict[int, tuple[int, ...]]:
+    return {of_type(int, dim): _numbers(positions) for dim, positions in of_type(dict, dims).items()}
 
 
 def _sizes(value: Any) -> Attributes:
-    return _each(value, lambda sizes: _each(sizes, lambda size: size if type(size) is int else _numbers(size)))
+    return each_in(value, lambda sizes: each_in(sizes, lambda size: size if type(size) is int else _numbers(size)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
@@ -21,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
+from lightning_prune.chance import random_state_kept
 from lightning_prune.errors import TraceError
 from lightning_prune.flow import Flow
 from lightning_prune.handlers import Call, Handler, factories, handler_for, movement, name_of
@@ -101,7 +100,7 @@ def run(
         for name, labelled in labels.items():
             flow.put(standins[name], labelled)
         stack.enter_context(swapped(model, standins, training=setting.training, attributes=attributes))
-        stack.enter_context(_random_state_kept(setting.substrate))
+        stack.enter_context(random_state_kept(of_devices=setting.substrate == "real"))
         stack.enter_context(_in_small_steps())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -146,19 +145,6 @@ def _returned(value: Any) -> Iterator[Tensor]:
     """Yield the tensors that a model returned, in an object of its own class too."""
     found = list(tensors_in(value))
     return iter(found or tensors_in(getattr(value, "__dict__", ())))
-
-
-@contextmanager
-def _random_state_kept(substrate: Substrate) -> Iterator[None]:
-    """Restore the random state of torch, numpy and Python."""
-    generators = range(torch.cuda.device_count()) if substrate == "real" else []
-    of_python, of_numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=generators):
-            yield
-    finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
 
 
 @contextmanager

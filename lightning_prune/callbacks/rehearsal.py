@@ -11,10 +11,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_prune.callbacks.timing import window_of
 
 
 class StandIn(Optimizer):
@@ -110,16 +111,6 @@ class Rehearsal:
                 except Exception:  # as OneCycleLR does after its last step: the fit will tell, a forecast must not
                     self._understudies.remove(understudy)
                     self.unforeseen.append(type(understudy.scheduler).__name__)
-
-
-def window_of(trainer: pl.Trainer, epoch: int) -> int:
-    """Return over how many batches an epoch's steps accumulate their gradients."""
-    if not trainer.lightning_module.automatic_optimization:
-        return 1
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, GradientAccumulationScheduler):
-            return callback.get_accumulate_grad_batches(epoch)
-    return trainer.accumulate_grad_batches
 
 
 def _copied(scheduler: Any, shared: dict[int, Any]) -> LRScheduler | None:

@@ -17,14 +17,20 @@ def epochs_of(trainer: pl.Trainer) -> float:
     return inf if trainer.max_epochs is None or trainer.max_epochs < 0 else trainer.max_epochs
 
 
+def window_of(trainer: pl.Trainer, epoch: int) -> int:
+    """Return over how many batches an epoch's steps accumulate their gradients."""
+    if not trainer.lightning_module.automatic_optimization:
+        return 1
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            return callback.get_accumulate_grad_batches(epoch)
+    return trainer.accumulate_grad_batches
+
+
 def _steps_of(trainer: pl.Trainer, epoch: int) -> int:
     """Return how many optimizer steps an epoch has, as `trainer.global_step` counts them."""
-    batches = max(int(trainer.num_training_batches), 1)
-    if not trainer.lightning_module.automatic_optimization:
-        return batches * max(len(trainer.optimizers), 1)
-    schedulers = [callback for callback in trainer.callbacks if isinstance(callback, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
-    windows = [scheduler.get_accumulate_grad_batches(epoch) for scheduler in schedulers]
-    return ceil(batches / (windows[0] if windows else trainer.accumulate_grad_batches))
+    at_once = 1 if trainer.lightning_module.automatic_optimization else max(len(trainer.optimizers), 1)
+    return at_once * ceil(max(int(trainer.num_training_batches), 1) / window_of(trainer, epoch))
 
 
 def _epochs_of(trainer: pl.Trainer, steps: float) -> float:

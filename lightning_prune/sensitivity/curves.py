@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from io import StringIO
 from itertools import pairwise
 from math import isfinite
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from PIL import Image
 from rich.box import SIMPLE
@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_prune.errors import PruningError
+from lightning_prune.records import each_in, number_in, of_type
 from lightning_prune.report import count
 from lightning_prune.sensitivity.heatmap import heat_map
 from lightning_prune.sensitivity.measures import Better
@@ -28,8 +29,6 @@ Scanned: TypeAlias = Literal["weights", "channels"]
 
 Value: TypeAlias = float | None
 """A measured number; None where none was measured, or it was not finite."""
-
-Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -262,45 +261,29 @@ def _short(value: Value) -> str:
 
 def _read(plain: Any) -> Sensitivity:
     names = {"of", "ratios", "dense", "better", "rows", "held_back"}
-    if _of(dict, plain).keys() != names:
+    if of_type(dict, plain).keys() != names:
         raise KeyError(f"{sorted(plain.keys() ^ names)} missing or foreign")
-    rows = tuple(_row(row) for row in _of(list, plain["rows"]))
+    rows = tuple(_row(row) for row in of_type(list, plain["rows"]))
     if len({row.layer for row in rows}) != len(rows):
         raise ValueError("a layer stands there twice")
     return Sensitivity(
         plain["of"],
-        tuple(_number(ratio) for ratio in _of(list, plain["ratios"])),
-        _each(plain["dense"], _number),
-        _each(plain["better"], lambda way: _of(str, way)),  # type: ignore[arg-type]
+        tuple(number_in(ratio) for ratio in of_type(list, plain["ratios"])),
+        each_in(plain["dense"], number_in),
+        each_in(plain["better"], lambda way: of_type(str, way)),  # type: ignore[arg-type]
         rows,
-        _each(plain["held_back"], lambda reason: _of(str, reason)),
+        each_in(plain["held_back"], lambda reason: of_type(str, reason)),
     )
 
 
 def _row(plain: Any) -> Row:
-    if _of(dict, plain).keys() != {"layer", "size", "values"} or _of(int, plain["size"]) < 1:
+    if of_type(dict, plain).keys() != {"layer", "size", "values"} or of_type(int, plain["size"]) < 1:
         raise ValueError(f"a row with {sorted(plain)}, or of no size")
-    values = _each(
-        plain["values"], lambda line: tuple(None if value is None else _number(value) for value in _of(list, line))
+    values = each_in(
+        plain["values"],
+        lambda line: tuple(None if value is None else number_in(value) for value in of_type(list, line)),
     )
-    return Row(_of(str, plain["layer"]), plain["size"], values)
-
-
-def _of(kind: type[Part], value: Any) -> Part:
-    """Let a value through if it is of this type, and not of one derived from it."""
-    if type(value) is not kind:
-        raise TypeError(f"a {type(value).__name__} in place of a {kind.__name__}")
-    return value
-
-
-def _number(value: Any) -> float:
-    if type(value) not in (int, float) or not isfinite(value):
-        raise TypeError(f"{value!r} in place of a number")
-    return float(value)
-
-
-def _each(value: Any, read: Callable[[Any], Part]) -> dict[str, Part]:
-    return {_of(str, name): read(item) for name, item in _of(dict, value).items()}
+    return Row(of_type(str, plain["layer"]), plain["size"], values)
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

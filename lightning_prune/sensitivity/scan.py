@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from lightning_prune.chance import random_state_kept
 from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.errors import ScoreError
 from lightning_prune.graph import check_model
@@ -89,7 +87,7 @@ def sensitivity(
         raise ValueError(f'`criterion` is about channels; got {type(criterion).__name__} with of="weights".')
     if trainer is not None and batches is not None:
         raise ValueError(f"`batches` has no effect on a trainer; got {batches}. Set its `limit_val_batches`.")
-    with _random_state_kept(), torch.no_grad(), swapped(model, named_tensors(model)):
+    with random_state_kept(), torch.no_grad(), swapped(model, named_tensors(model)):
         data = Batches(datamodule, model, batches)
         measure = measure_with(metric, better, data, trainer, datamodule)
         if of == "weights":
@@ -127,7 +125,7 @@ def _shown(candidates: Candidates, ratios: Sequence[float]) -> Iterable[tuple[st
 
 def _measured(model: nn.Module, prune: Prune | None, measure: Measure) -> dict[str, float]:
     """Measure a model that has been pruned, and give it back as it was."""
-    with _random_state_kept(), swapped(model, {name: _twin(tensor) for name, tensor in named_tensors(model).items()}):
+    with random_state_kept(), swapped(model, {name: _twin(tensor) for name, tensor in named_tensors(model).items()}):
         if prune is not None:
             prune(model)
         return measure.of(model)
@@ -140,15 +138,3 @@ def _finite(values: Mapping[str, float]) -> dict[str, Value]:
 def _twin(tensor: Tensor) -> Tensor:
     twin = tensor.detach().clone()
     return nn.Parameter(twin, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Restore the random state of torch, numpy and Python."""
-    of_python, of_numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            yield
-    finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
