@@ -16,65 +16,23 @@ import json
 import logging
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
 import torchvision
 from lightning.pytorch.callbacks import ModelPruning
-from torch import Tensor, nn
+from steps_on_noise import Classifier, Clock
+from torch import nn
 from torch.optim import SGD
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune.callbacks import MagnitudePruneCallback, Retraining
 from lightning_prune.callbacks.upkeep import Upkeep
 
 RATIO = 0.9
-
-
-class Classifier(pl.LightningModule):
-    """A torchvision model on noise."""
-
-    def __init__(self, name: str, steps: int) -> None:
-        super().__init__()
-        self.net, self.steps = torchvision.models.get_model(name, weights=None), steps
-        self.example_input_array = torch.zeros(1, 3, 64, 64)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits."""
-        return self.net(images)
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        """Return the loss."""
-        return F.cross_entropy(self(batch[0]), batch[1])
-
-    def train_dataloader(self) -> Any:
-        """Return batches of 8."""
-        images = torch.randn(self.steps * 8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-        return DataLoader(TensorDataset(images, torch.zeros(self.steps * 8, dtype=torch.long)), batch_size=8)
-
-    def configure_optimizers(self) -> Any:
-        """Return SGD with momentum."""
-        return SGD(self.parameters(), lr=0.01, momentum=0.9)
-
-
-class Clock(pl.Callback):
-    """Times steps from the start of one batch to the start of the next; last in the list, so behind all events."""
-
-    def __init__(self) -> None:
-        self.starts: list[float] = []
-
-    def on_train_batch_start(self, *_: object) -> None:
-        """Note the time."""
-        self.starts.append(time.perf_counter())
-
-    @property
-    def step(self) -> float:
-        """The median step, without the first."""
-        return median(after - before for before, after in zip(self.starts[1:], self.starts[2:], strict=False))
 
 
 class Timed(Upkeep):
@@ -127,7 +85,8 @@ def theirs(net: nn.Module) -> ModelPruning:
 
 def fitted(which: str, name: str, steps: int) -> tuple[float, float]:
     """Train, and return the median seconds of a step, and of our upkeep in it."""
-    module, clock = Classifier(name, steps), Clock()
+    net = torchvision.models.get_model(name, weights=None)
+    module, clock = Classifier(net, partial(SGD, lr=0.01, momentum=0.9), steps), Clock()
     callbacks = {"plain": lambda: [], "masks": lambda: [ours()], "ModelPruning": lambda: [theirs(module)]}[which]()
     quiet: dict[str, Any] = {
         "logger": False,

@@ -22,11 +22,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
 import torchvision
-from torch import Tensor
+from steps_on_noise import Classifier, Clock
 from torch.optim import SGD, AdamW
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune.callbacks import BNSlimmingCallback
 
@@ -35,43 +33,6 @@ SETTINGS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "SGD, smooth-L1": (partial(SGD, lr=0.01, momentum=0.9), {"delta": 1e-3}),
     "AdamW, proximal": (partial(AdamW, lr=1e-3), {}),
 }
-
-
-class Classifier(pl.LightningModule):
-    """A torchvision model on noise."""
-
-    def __init__(self, net: torch.nn.Module, optimizer: Callable[..., Any], steps: int) -> None:
-        super().__init__()
-        self.net, self.optimizer, self.steps = net, optimizer, steps
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        """Return the loss."""
-        return F.cross_entropy(self.net(batch[0]), batch[1])
-
-    def train_dataloader(self) -> Any:
-        """Return batches of 8."""
-        images = torch.randn(self.steps * 8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-        return DataLoader(TensorDataset(images, torch.zeros(self.steps * 8, dtype=torch.long)), batch_size=8)
-
-    def configure_optimizers(self) -> Any:
-        """Return the optimizer asked for."""
-        return self.optimizer(self.parameters())
-
-
-class Clock(pl.Callback):
-    """Times steps from the start of one batch to the start of the next."""
-
-    def __init__(self) -> None:
-        self.starts: list[float] = []
-
-    def on_train_batch_start(self, *_: object) -> None:
-        """Note the time."""
-        self.starts.append(time.perf_counter())
-
-    @property
-    def step(self) -> float:
-        """The median step, without the first."""
-        return median(after - before for before, after in zip(self.starts[1:], self.starts[2:], strict=False))
 
 
 class Slimming(BNSlimmingCallback):

@@ -61,7 +61,7 @@ class Step:
     Attributes:
         name: The operation's name, as in `aten.add.Tensor`.
         op: The operation.
-        args: Its positional arguments, with `Seen` for tensors.
+        args: Its positional arguments, with `Seen` for tensors; none where somebody looks on (see `Watcher`).
         kwargs: Its keyword arguments, likewise.
         results: The numbers of the tensors that it returned, as counted through the run; one that is written to gets
             a new number.

@@ -105,7 +105,7 @@ def run(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         given = (inputs.map(_at_least_two) if setting.training else inputs).map(make)
-        tracer = Tracer(flow, standins, watcher or Watcher(), meta=setting.substrate == "meta")
+        tracer = Tracer(flow, standins, watcher, meta=setting.substrate == "meta")
         stack.enter_context(tracer)
         outputs = list(_returned(given.call(model)))
     if not outputs:
@@ -124,6 +124,11 @@ def _origin(tensor: Tensor) -> Origin:
     """Return where a tensor comes from."""
     origin: Origin = getattr(tensor, _ORIGIN, None)
     return origin
+
+
+def _told(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of an operation without its tensors."""
+    return tuple([_seen(value) for value in call.args]), {name: _seen(value) for name, value in call.kwargs.items()}
 
 
 def _seen(value: Any) -> Any:
@@ -255,7 +260,7 @@ class Tracer(TorchDispatchMode):
     Args:
         flow: What the handlers work with.
         standins: Name -> tensor of the model.
-        watcher: Looks on.
+        watcher: Looks on; without one the arguments of each step are noted.
         meta: Whether the model runs on meta tensors, which do not mix with those of other devices.
 
     Attributes:
@@ -263,9 +268,10 @@ class Tracer(TorchDispatchMode):
         unread: id -> name of the tensors of the model that no operation has read yet.
     """
 
-    def __init__(self, flow: Flow, standins: Mapping[str, Tensor], watcher: Watcher, *, meta: bool) -> None:
+    def __init__(self, flow: Flow, standins: Mapping[str, Tensor], watcher: Watcher | None, *, meta: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._flow, self._watcher, self._meta = flow, watcher, meta
+        self._flow, self._watcher, self._meta = flow, watcher or Watcher(), meta
+        self._taping = watcher is None  # who looks on compares what steps did, not what they were given
         self.steps: list[Step] = []
         self.unread = {id(tensor): name for name, tensor in standins.items()}
         self._results = 0
@@ -317,8 +323,7 @@ class Tracer(TorchDispatchMode):
             self._carry(call, kind.handler)
         results = flat_tensors((call.out,))
         if results:
-            args = tuple([_seen(value) for value in call.args])
-            kwargs = {name: _seen(value) for name, value in call.kwargs.items()}
+            args, kwargs = _told(call) if self._taping else ((), {})
             step = Step(
                 name=kind.name,
                 op=call.op,
