@@ -126,9 +126,9 @@ class _Found:
             return None
         name, transposed = place
         weight = self._tensors[name].detach()
-        used = constants.nonzero().squeeze(1)
-        columns = weight.index_select(1 if transposed else 0, used.to(weight.device)).to("cpu", torch.float64)
-        return name, (columns if transposed else columns.t()) @ constants[used]
+        precise = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        offset = (precise if transposed else precise.t()) @ constants.to(precise)
+        return name, offset.to("cpu", torch.float64)
 
     def _placed(self, step: Step, call: Call, weight: str, offset: Tensor) -> Iterator[tuple[tuple[str, str], Tensor]]:
         """Yield where a layer's offset goes, if there is a place for it."""
