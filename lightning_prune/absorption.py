@@ -18,6 +18,7 @@ from lightning_prune.handlers.normalization import is_batch_norm
 from lightning_prune.labels import LabelArray
 from lightning_prune.nodes import Emission
 from lightning_prune.steps import Run, Seen, Step
+from lightning_prune.taps import tap_weights
 from lightning_prune.tensors import named_modules, named_tensors
 from lightning_prune.types import PruningPlan
 
@@ -28,9 +29,10 @@ def absorb(model: nn.Module, graph: Graph, plan: PruningPlan) -> Offsets:
     """Work out what keeps the network's output, on average, where it was when channels go.
 
     A removed channel that emits c on average gives sum_(k) W[:, k] c to each layer that reads it, summed over the
-    kernel's positions too. That goes into the layer's bias; where there is none, it is taken from the running mean of
+    kernel's taps too. That goes into the layer's bias; where there is none, it is taken from the running mean of
     the BatchNorm that follows; where there is none either, a bias is made. Exact where the channel is constant
-    (gamma = 0) and no padding is met; under zero padding exact but for the border.
+    (gamma = 0) and no padding is met; under zero padding exact but for the border, and on maps that are mostly border
+    (see `taps`) on average.
 
     After Ye et al. 2018, "Rethinking the Smaller-Norm-Less-Informative Assumption in Channel Pruning" (arXiv
     1802.00124, section 4), for any activation and with E[act(gamma z + beta)] where gamma is not 0.
@@ -78,7 +80,7 @@ class _Found:
             packet = step.op.overloadpacket
             offset = None
             if packet is aten.convolution:
-                offset = self._of_convolution(Call(step.op, step.args, step.kwargs, None))
+                offset = self._of_convolution(step, Call(step.op, step.args, step.kwargs, None))
             elif packet in (aten.mm, aten.addmm):
                 offset = self._of_linear(step)
             if offset is not None and offset[1].any():
@@ -102,7 +104,7 @@ class _Found:
         constants[gone] = along[gone].nan_to_num(0.0)
         return constants
 
-    def _of_convolution(self, call: Call) -> tuple[str, Tensor] | None:
+    def _of_convolution(self, step: Step, call: Call) -> tuple[str, Tensor] | None:
         weight, constants = self._emissions.parameter(call["weight"]), self._constants(call["input"], 1)
         if weight is None or constants is None or not constants.any():
             return None
@@ -110,10 +112,11 @@ class _Found:
         if groups == len(constants) > 1:
             return None
         weight, precise = weight.detach(), torch.promote_types(weight.dtype, torch.float32)
+        taps = tap_weights(call, step.inputs[0], tuple(weight.shape))
         if groups == 1 and not call["transposed"] and weight.is_contiguous():
-            places = constants.to(weight.device, precise).repeat_interleave(weight[0, 0].numel())
+            places = torch.outer(constants, taps).flatten().to(weight.device, precise)
             return name, (weight.flatten(1).to(precise) @ places).to("cpu", torch.float64)
-        kernel = weight.flatten(2).sum(2, dtype=torch.float64).cpu()
+        kernel = weight.flatten(2).to("cpu", torch.float64) @ taps
         rows = kernel.view(groups, -1, kernel.shape[1])
         if call["transposed"]:
             rows = rows.mT / prod(call["stride"])

@@ -28,6 +28,7 @@ from lightning_prune.handlers.registry import packets
 from lightning_prune.labels import LabelArray
 from lightning_prune.nodes import Emission, compact, is_even, normal
 from lightning_prune.steps import Run, Seen, Step, numbers_read, seen_in
+from lightning_prune.taps import tap_weights
 
 log = logging.getLogger(__name__)
 
@@ -278,7 +279,8 @@ class Emissions:
         if call["groups"] == step.inputs[0][1] > 1:
             if source is None or not is_even(source.values, *range(2, source.values.dim() - 1)):
                 return None
-            kernel = weight.detach().flatten(1).sum(1, dtype=torch.float64).cpu()
+            taps = tap_weights(call, step.inputs[0], tuple(weight.shape))
+            kernel = weight.detach().flatten(1).to("cpu", torch.float64) @ taps
             inputs = compact(source.values).mean(1).flatten(1).repeat_interleave(len(weight) // call["groups"], 1)
             emitted, sources = inputs * kernel + shift, source.sources
         else:
