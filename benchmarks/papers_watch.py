@@ -30,20 +30,22 @@ class Scales(pl.Callback):
 
 
 class Milestones(pl.Callback):
-    """Measures the error at the end of each LR cycle and right after each cut; stands behind the pruning callback.
+    """Measures the error at the end of each LR cycle and right after each cut, and what is gone by then.
+
+    Stands behind the pruning callback.
 
     Args:
         setting: How the net is trained: two cycles make a pass.
         measure: The error of the net as it is now, in percent.
 
     Attributes:
-        errors: What was measured, under names that say when.
+        figures: What was measured, under names that say when.
     """
 
     def __init__(self, setting: Setting, measure: Callable[[], float]) -> None:
         self.setting = setting
         self.measure = measure
-        self.errors: dict[str, float] = {}
+        self.figures: dict[str, float] = {}
         self._cuts = 0
 
     def on_train_batch_start(
@@ -53,6 +55,9 @@ class Milestones(pl.Callback):
         cuts = len(history_of(pl_module))
         if cuts > self._cuts:
             self._note(pl_module, f"error right after cut {cuts}")
+            last = history_of(pl_module)[-1]
+            self.figures[f"% fewer parameters after cut {cuts}"] = 100 * last.params.removed
+            self.figures[f"% fewer MACs after cut {cuts}"] = 100 * last.macs.removed
         self._cuts = cuts
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -63,7 +68,7 @@ class Milestones(pl.Callback):
             self._note(pl_module, f"error of pass {(cycle + 1) // 2}, {half}")
 
     def _note(self, module: nn.Module, name: str) -> None:
-        self.errors[name] = self.measure()
+        self.figures[name] = self.measure()
         module.train()
 
 

@@ -138,7 +138,6 @@ class BNSlimmingCallback(PruneCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Set the initial scales: `configure_model` has been, and nothing has run forward yet."""
         super().on_fit_start(trainer, pl_module)
-        super().on_fit_start(trainer, pl_module)
         if self.initial_scale is not None and trainer.ckpt_path is None:
             start_at(self.initial_scale, pl_module, self.request.ignore)
 
