@@ -176,6 +176,8 @@ def _rows(summary: dict[str, Any]) -> dict[str, tuple[str, str]]:
     for name, label in (("params", "parameters"), ("macs", "MACs")):
         left = summary[name]["pruned"] / summary[name]["dense"]
         rows[label] = (count(summary[name]["dense"]), f"{count(summary[name]['pruned'])} ({left:.0%})")
+    if "sparsity" in summary:
+        rows["zeros in masked weights"] = ("", f"{summary['sparsity']:.1%}")
     for name, times in summary["latency_ms"].items():
         label = f"latency, batch {name.rpartition('_')[2]}"
         rows[label] = (f"{times['dense']:.3f} ms", f"{times['pruned']:.3f} ms")

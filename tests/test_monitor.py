@@ -20,7 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from lightning_prune import history_of, prune
-from lightning_prune.callbacks import PruneCallback, SparsityMonitor
+from lightning_prune.callbacks import MagnitudePruneCallback, PruneCallback, SparsityMonitor
+from lightning_prune.masks import masks_of
 from lightning_prune.report import comparison_table, count, history_table, record_table, widths_picture
 from lightning_prune.schedules import linear
 from lightning_prune.types import Change, PruneRecord
@@ -48,6 +49,20 @@ def test_metrics_are_those_of_the_network(example: Tensor | None) -> None:
         "prune/channels/net.3": 4,
         "prune/channels/net.8": 4,
     }
+
+
+def test_masks_are_told_with_their_sparsity(tmp_path: Path) -> None:
+    masking = MagnitudePruneCallback(0.75, granularity="weights", schedule=linear, begin=0, end=3)
+    logger, module = CSVLogger(tmp_path, version=0), Module()
+    fit = trainer(masking, SparsityMonitor(), logger=logger, log_every_n_steps=STEPS)
+    fit.fit(module)
+    with (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
+        told = [float(row["prune/sparsity"]) for row in csv.DictReader(file) if row["prune/sparsity"]]
+    assert told == pytest.approx([0.25, 0.5, 0.75], abs=1e-2)  # nothing was masked in the first epoch
+    weights = {name: weight for name, weight in module.named_parameters() if name in masks_of(module)}
+    zeros = {f"prune/sparsity/{name}": float((weight == 0).float().mean()) for name, weight in weights.items()}
+    assert {name: float(fit.callback_metrics[name]) for name in zeros} == pytest.approx(zeros)
+    assert len(zeros) > 1
 
 
 @pytest.mark.parametrize("example", [EXAMPLE, None], ids=["example", "first batch"])

@@ -13,11 +13,15 @@ from typing_extensions import override
 from lightning_prune.cost import count_macs, count_params
 from lightning_prune.graph import read
 from lightning_prune.history import history_of
+from lightning_prune.masks.held import layer_sparsity, masks_of, sparsity
 from lightning_prune.report import widths_picture
 
 
 class SparsityMonitor(pl.Callback):
     """Logs at the end of every epoch `prune/pruning_ratio`, `prune/params`, `prune/macs` and `prune/channels/<group>`.
+
+    While the model holds masks on weights, `prune/sparsity` is the share of these weights that are pruned, in [0, 1],
+    and `prune/sparsity/<weight>` that of each.
 
     They are metrics like any other: every logger gets them, and EarlyStopping or ModelCheckpoint can watch them.
     Where the logger draws (TensorBoard), a histogram of the BatchNorm scales and a picture of the layers' widths
@@ -44,7 +48,7 @@ class SparsityMonitor(pl.Callback):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for name, value in self._metrics(pl_module).items():
+        for name, value in {**self._metrics(pl_module), **_sparsities(pl_module)}.items():
             pl_module.log(f"prune/{name}", value, rank_zero_only=True)
         for experiment in _drawing_boards(trainer):
             self._draw(experiment, pl_module, trainer.global_step)
@@ -70,6 +74,12 @@ class SparsityMonitor(pl.Callback):
         if len(records) > self._drawn:
             self._drawn = len(records)
             experiment.add_image("prune/widths", widths_picture(records[-1].channels), step, dataformats="HWC")
+
+
+def _sparsities(pl_module: pl.LightningModule) -> dict[str, float]:
+    masks = masks_of(pl_module)
+    layers = {f"sparsity/{name}": share for name, share in layer_sparsity(masks).items()}
+    return {"sparsity": sparsity(masks), **layers} if masks else {}
 
 
 def _drawing_boards(trainer: pl.Trainer) -> list[Any]:

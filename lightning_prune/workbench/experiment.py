@@ -16,6 +16,7 @@ from lightning_prune.callbacks import PruneCallback, SparsityMonitor
 from lightning_prune.cost import batch_of, count_macs, count_params, measure_latency
 from lightning_prune.history import history_of
 from lightning_prune.inputs import Inputs
+from lightning_prune.masks.held import masks_of, sparsity
 from lightning_prune.workbench.data import MemoryImages
 from lightning_prune.workbench.probe import CutProbe
 
@@ -44,7 +45,8 @@ class Experiment:
         """Train, test and measure.
 
         Returns:
-            Plain data: accuracies in [0, 1], counts, latencies in milliseconds, seconds.
+            Plain data: accuracies in [0, 1], counts, latencies in milliseconds, seconds; and with masks on weights
+            the sparsity of these weights, in [0, 1].
         """
         dense = self.classifier()
         summary: dict[str, Any] = {"accuracy": {}, "seconds": {}}
@@ -57,6 +59,9 @@ class Experiment:
             {"epoch": record.epoch, "of": record.of, "asked": record.asked, "reached": record.reached}
             for record in history_of(pruned)
         ]
+        masks = masks_of(pruned)
+        if masks:
+            summary["sparsity"] = round(sparsity(masks), 6)
         return summary | self._costs(dense, pruned)
 
     def _train(
