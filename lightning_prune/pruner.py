@@ -200,6 +200,12 @@ def draft_cut(model: nn.Module, example_inputs: ExampleInputs, request: Request)
     return replace(draft, cut=cut, record=record)
 
 
+def reading(model: nn.Module, example_inputs: ExampleInputs, request: Request) -> Graph:
+    """Read a model as a cut would, with trunks parted where that is asked for; the model is not changed."""
+    with selected(model, _selects(model, example_inputs, request)):
+        return read(model, example_inputs, request.ignore, request.heads)
+
+
 def _selects(model: nn.Module, example_inputs: ExampleInputs, request: Request) -> tuple[str, ...]:
     """Name the BatchNorms that get a layer of their own to pick channels with."""
     if request.trunks == "whole":

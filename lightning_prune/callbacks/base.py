@@ -23,12 +23,13 @@ from lightning_prune.calibration import tracking_norms
 from lightning_prune.callbacks.averages import averaged_copies
 from lightning_prune.callbacks.calibration import recalibrate_in_fit, training_data
 from lightning_prune.callbacks.checkpoints import follow_checkpoints, warn_of_late_scores
+from lightning_prune.callbacks.gathering import Gathering
 from lightning_prune.callbacks.ranks import agreed, check_strategy, without_reducer
 from lightning_prune.callbacks.signals import signals_wait
 from lightning_prune.callbacks.timing import Timing, epochs_of
 from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.inputs import ExampleInputs
-from lightning_prune.pruner import Draft, Request, draft_cut
+from lightning_prune.pruner import Draft, Request, draft_cut, reading
 from lightning_prune.report import history_table, record_table
 from lightning_prune.schedules import Schedule, one_shot
 from lightning_prune.surgery import together
@@ -96,6 +97,7 @@ class PruneCallback(pl.Callback):
         if recalibrate < 0:
             raise ValueError(f"`recalibrate` is a number of batches, 0 or more; got {recalibrate}.")
         self.recalibrate = recalibrate
+        self.gathering = Gathering(criterion)
         self.events: dict[int, float] = {}
         self._epochs = inf
         self._done = -1
@@ -121,6 +123,7 @@ class PruneCallback(pl.Callback):
         self._checked = False
         if trainer.current_epoch == 0:
             self._done = -1
+            self.gathering.forget()
         self._epochs = epochs_of(trainer)  # now: StochasticWeightAveraging adds one later, in which nothing is trained
         if self.timing.unit == "epoch":
             self.events = self.timing.lay_out(self._epochs, type(self).__name__)
@@ -165,6 +168,7 @@ class PruneCallback(pl.Callback):
             self._check_reach(trainer, length, f"the fit has {length} steps")
         elif trainer.max_steps >= 0:
             self._check_reach(trainer, length, f"max_steps={trainer.max_steps}")
+        self.gathering.check(min(self.events, default=None), self.timing.unit, type(self).__name__)
         if pl_module.example_input_array is not None:
             self._check_ahead(trainer, pl_module, _own_example(trainer, pl_module))
 
@@ -184,6 +188,28 @@ class PruneCallback(pl.Callback):
                 self._fire(trainer, pl_module, example)
         elif batch_idx == 0:  # a resumed fit may have come past `on_train_epoch_start`
             self._fire(trainer, pl_module, example)
+        if not self.is_finished and not trainer.sanity_checking:
+            self.gathering.begin(pl_module, lambda: reading(pl_module, example, self.request))
+            self.gathering.look(batch, self._steps_left(trainer, batch_idx))
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.gathering.take(trainer)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.gathering.pause()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.gathering.pause()
+
+    def _steps_left(self, trainer: pl.Trainer, batch_idx: int) -> float:
+        """Return the optimizer steps before the next event."""
+        coming = next((moment for moment in self.events if moment > self._done), None)
+        return inf if coming is None else self.timing.steps_before(coming, trainer, batch_idx)
 
     def _check_ahead(self, trainer: pl.Trainer, pl_module: pl.LightningModule, example: ExampleInputs) -> None:
         """Plan the whole pruning once before the first step, so that what is wrong shows before time is spent."""
@@ -196,7 +222,9 @@ class PruneCallback(pl.Callback):
 
     def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, example: ExampleInputs) -> None:
         """Plan the last event at the weights that there are now."""
-        record = agreed(trainer, pl_module, lambda: draft_cut(pl_module, example, self.request)).record
+        self.gathering.begin(pl_module, lambda: reading(pl_module, example, self.request))
+        request = replace(self.request, criterion=self.gathering.stand_in(self.request.criterion))
+        record = agreed(trainer, pl_module, lambda: draft_cut(pl_module, example, request)).record
         rank_zero_info(f"{type(self).__name__}, at present weights: {record}")
         if self.request.allocation.event_cap == 1:  # else it takes more than one event
             _tell_shortfall(record)
@@ -215,6 +243,7 @@ class PruneCallback(pl.Callback):
         with signals_wait():
             record = self._cut(trainer, pl_module, draft)
             self._done = moment
+            self.gathering.forget()
         self._tell(trainer, record)
 
     def _cut(self, trainer: pl.Trainer, pl_module: pl.LightningModule, draft: Draft) -> PruneRecord:
@@ -249,11 +278,12 @@ class PruneCallback(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"done": self._done}
+        return {"done": self._done, **self.gathering.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._done = state_dict["done"]
+        self.gathering.load_state_dict(state_dict)
 
 
 def unwrapped(optimizer: Optimizer | LightningOptimizer) -> Optimizer:

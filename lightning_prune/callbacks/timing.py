@@ -87,6 +87,19 @@ class Timing:
         """Return the epoch or the step that begins."""
         return trainer.current_epoch if self.every_n_steps is None else trainer.global_step
 
+    def steps_before(self, moment: int, trainer: pl.Trainer, batch_idx: int) -> int:
+        """Return the optimizer steps from the batch that begins to a later epoch or step.
+
+        Args:
+            moment: The epoch or step.
+            trainer: The Trainer.
+            batch_idx: The number of the batch in its epoch.
+        """
+        if self.unit == "step":
+            return moment - trainer.global_step
+        epochs = range(trainer.current_epoch, moment)
+        return sum(_steps_of(trainer, epoch) for epoch in epochs) - batch_idx // window_of(trainer, epochs.start)
+
     def length(self, trainer: pl.Trainer, epochs: float) -> float:
         """Return how many epochs or steps a fit of so many epochs has; infinity where nobody knows.
 

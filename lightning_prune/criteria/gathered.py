@@ -53,8 +53,13 @@ class Gathered(Criterion):
         self._modules: dict[str, nn.Module] = {}
         self._sums: dict[str, Tensor] = {}
         self._called: set[str] = set()
+        self._reached: set[str] = set()
         self._handles: list[RemovableHandle] = []
         self._rows: int | None = None
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{key}={value!r}" for key, value in vars(self).items() if not key.startswith("_"))
+        return f"{type(self).__name__}({settings})"
 
     @property
     def examples(self) -> int:
@@ -71,6 +76,7 @@ class Gathered(Criterion):
         """Look on while the body trains or runs the model; what was gathered before is forgotten."""
         model = unwrapped(model)
         self.begin(model, read(model, example_inputs))
+        self.forget()
         self.look()
         try:
             yield self
@@ -78,11 +84,14 @@ class Gathered(Criterion):
             self.look_away()
 
     def begin(self, model: nn.Module, graph: Graph) -> None:
-        """Find out whom to watch, and forget what was gathered before."""
+        """Find out whom to watch."""
         modules = named_modules(model)
         self._readers = readers_of(model, graph)
         self._modules = {reader.module: modules[reader.module] for found in self._readers.values() for reader in found}
-        self._sums, self._called = {}, set()
+
+    def forget(self) -> None:
+        """Forget what was gathered, as after a cut."""
+        self._sums, self._called, self._reached = {}, set(), set()
 
     def watches(self, group: ChannelGroup) -> bool:
         """Tell whether all readers of a group can be watched."""
@@ -109,10 +118,32 @@ class Gathered(Criterion):
         self._handles = []
         self._drop_step()
 
+    @property
+    def is_looking(self) -> bool:
+        """Whether it looks at present."""
+        return bool(self._handles)
+
+    def saw_call(self, name: str) -> None:
+        """Take note that a reader was called."""
+        self._called.add(name)
+
     def saw(self, name: str, inputs: Tensor, gradient: Tensor | None) -> None:
         """Take note of what a reader is given, and of the loss's gradient with respect to that, through it alone."""
-        self._called.add(name)
+        self._reached.add(name)
         self._note(name, inputs.detach(), gradient)
+
+    def drop_step(self) -> None:
+        """Forget what was seen since the last step that was taken in."""
+        self._drop_step()
+
+    def missed(self) -> dict[str, str]:
+        """Return the groups that have a reader which was not called -> that reader."""
+        return {
+            group: reader.module
+            for group, readers in self._readers.items()
+            for reader in readers
+            if reader.module not in self._called
+        }
 
     @torch.no_grad()
     def take(self, scale: float = 1.0, reduce: AllReduce | None = None) -> None:
@@ -145,8 +176,13 @@ class Gathered(Criterion):
                 "time, is the model compiled, are all of its parameters frozen?"
             )
         readers = self._readers.get(group.name, ())
-        if not readers or not all(reader.module in self._called for reader in readers):
+        if not readers or group.name in self.missed():
             return None
+        if not any(reader.module in self._reached for reader in readers):
+            raise ScoreError(
+                f"{rule} was given no gradient for {group.name}: what {readers[0].module} reads does not depend on a "
+                f"parameter that is trained. Let it train, or put {group.name!r} under `ignore`."
+            )
         if len(readers[0].positions) != group.size:
             raise ScoreError(
                 f"{rule} has gathered for {len(readers[0].positions)} channels of {group.name}, which has "
@@ -156,11 +192,16 @@ class Gathered(Criterion):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was gathered, as plain data and tensors."""
-        return {"sums": dict(self._sums), "called": sorted(self._called)}
+        return {"sums": dict(self._sums), "called": sorted(self._called), "reached": sorted(self._reached)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what was gathered before an interruption."""
-        self._sums, self._called = dict(state["sums"]), set(state["called"])
+        self._sums = dict(state["sums"])
+        self._called, self._reached = set(state["called"]), set(state["reached"])
+
+    @abstractmethod
+    def is_finite(self) -> bool:
+        """Tell whether what was seen since the last step holds neither NaN nor infinity."""
 
     @abstractmethod
     def _note(self, name: str, inputs: Tensor, gradient: Tensor | None) -> None:
@@ -237,6 +278,8 @@ class _Hook:
         return tuple(map(alias, args)), {key: alias(value) for key, value in kwargs.items()}
 
     def _watched(self, inputs: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or not self.criterion.gradients:
+            self.criterion.saw_call(self.name)
         if not self.criterion.gradients:
             self.criterion.saw(self.name, inputs, None)
             return inputs

@@ -82,6 +82,10 @@ class MaskGradients(Gathered):
         }
 
     @override
+    def is_finite(self) -> bool:
+        return all(bool(found.isfinite().all()) for found in self._step.values())
+
+    @override
     def _drop_step(self) -> None:
         self._step = {}
 
