@@ -21,5 +21,9 @@ class HistoryError(PruningError):
     """A checkpoint's pruning history is missing, foreign or does not fit the model."""
 
 
+class LatencyTableError(PruningError):
+    """A file of timings cannot be read, or comes from another machine."""
+
+
 class NothingToPruneError(PruningError, ValueError):
     """No group can be pruned, or none that the criterion can score."""

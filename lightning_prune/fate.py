@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from lightning_prune.graph import Graph
 from lightning_prune.labels import LabelArray, Labels
 from lightning_prune.steps import Step
-from lightning_prune.types import PruningPlan
+from lightning_prune.types import ChannelGroup, PruningPlan
 
 _VIEWS = {"aten._unsafe_view.default", "aten._reshape_alias.default", "aten.reshape.default", "aten.view.default"}
 
@@ -18,6 +18,15 @@ _VIEWS = {"aten._unsafe_view.default", "aten._reshape_alias.default", "aten.resh
 def _one_name(name: str) -> str:
     """Call all views the same."""
     return "aten.view.default" if name in _VIEWS else name
+
+
+def channel_roots(graph: Graph, group: ChannelGroup) -> LabelArray:
+    """Return for each channel of a group the label that all of its positions are tied to."""
+    first = group.members[0]
+    place = graph.labels[first.tensor][first.dim]
+    assert place is not None
+    roots: LabelArray = graph.roots[place[first.positions[:, 0].numpy()]]
+    return roots
 
 
 class Fate:
@@ -37,10 +46,7 @@ class Fate:
         goes = np.zeros(self.count, dtype=bool)
         groups = {group.name: group for group in graph.groups}
         for number, name in enumerate(self._names):
-            first = groups[name].members[0]
-            place = graph.labels[first.tensor][first.dim]
-            assert place is not None
-            roots = graph.roots[place[first.positions[:, 0].numpy()]]
+            roots = channel_roots(graph, groups[name])
             goes[roots[plan.removed[name].numpy() if name in plan.removed else []]] = True
             self._owner[roots] = number
         self._owner = self._owner[graph.roots]

@@ -23,9 +23,10 @@ from lightning_prune.errors import HistoryError, PruningError
 from lightning_prune.records import from_plain, to_plain
 from lightning_prune.selection import selected
 from lightning_prune.sizes import stale_sizes
-from lightning_prune.surgery import Undo, apply, revert, together
+from lightning_prune.surgery import Undo, apply, revert, together, undo_all
 from lightning_prune.tensors import attributes_of, named_modules, named_tensors, unwrapped
 from lightning_prune.types import Attributes, PruneRecord
+from lightning_prune.witnesses import witnesses_of
 
 KEY = "pruning_history"
 """Under this key the history lies in a checkpoint."""
@@ -42,11 +43,23 @@ def history_of(model: nn.Module) -> tuple[PruneRecord, ...]:
 
 
 def commit(model: nn.Module, cut: Cut, record: PruneRecord, offsets: Offsets | None = None) -> Undo:
-    """Do a cut and add its record to the model's history: both, or neither."""
+    """Do a cut, add its record to the model's history, and let the model's witnesses follow: all of it, or nothing."""
+    model, offsets = unwrapped(model), offsets or Offsets()
+    watching = witnesses_of(model)
+    for witness in watching:
+        witness.before_cut(model)
+    with together() as steps:
+        steps.append(_cut_and_record(model, cut, record, offsets))
+        for witness in watching:
+            steps.append(witness.after_cut(model, cut, offsets))
+    return undo_all(steps)
+
+
+def _cut_and_record(model: nn.Module, cut: Cut, record: PruneRecord, offsets: Offsets | None = None) -> Undo:
     notes: dict[str, object] = {_ATTRIBUTE: (*history_of(model), record)}
     if masks.masks_of(model):
         notes[masks.ATTRIBUTE] = masks.cut_masks(masks.masks_of(model), cut)
-    return apply(unwrapped(model), cut, notes, offsets)
+    return apply(model, cut, notes, offsets)
 
 
 def replay(model: nn.Module, records: Sequence[PruneRecord]) -> None:
@@ -71,7 +84,7 @@ def replay(model: nn.Module, records: Sequence[PruneRecord]) -> None:
 def reach(model: nn.Module, records: Sequence[PruneRecord]) -> Undo:
     """Bring a model to the shapes of a history: take back the cuts that it does not share, then do the missing ones.
 
-    Weights that had gone come back as zeros, for a checkpoint to fill.
+    Weights that had gone come back as zeros, for a checkpoint to fill. No witness is told: this is no new cut.
 
     Returns:
         What takes it all back, weights included.
@@ -88,14 +101,9 @@ def reach(model: nn.Module, records: Sequence[PruneRecord]) -> Undo:
             steps.append(revert(model, _cut(done[count]), {_ATTRIBUTE: done[:count], masks.ATTRIBUTE: {}}))
         for record in records[common:]:
             _fit(model, record)
-            steps.append(commit(model, _cut(record), record))
+            steps.append(_cut_and_record(model, _cut(record), record))
             _check_sizes(model, record)
-
-    def undo() -> None:
-        for step in reversed(steps):
-            step()
-
-    return undo
+    return undo_all(steps)
 
 
 def _cut(record: PruneRecord) -> Cut:

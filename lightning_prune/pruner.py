@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lightning_prune import history
 from lightning_prune.absorption import absorb
 from lightning_prune.allocation import Allocation, Limits, Uniform, allocate
-from lightning_prune.cost import count_params, per_example, planned_macs
+from lightning_prune.baseline import RECORDED, Baseline, Reach
+from lightning_prune.cost import Costs, count_params, per_example
 from lightning_prune.criteria import Criterion, Magnitude, score_groups
 from lightning_prune.cut import Cut, Offsets, cut_shapes, prepare
 from lightning_prune.errors import NothingToPruneError
@@ -46,7 +47,8 @@ class Request:
 
     Attributes:
         pruning_ratio: Fraction to be gone afterwards, counted against the dense model, in [0, 1).
-        of: What it is a fraction of: "channels" (of all that can be pruned), "params" or "macs" (of the model).
+        of: What it is a fraction of: "channels" (of all that can be pruned), "params", "macs", "memory" or "latency"
+            (of the model; see `prune`).
         criterion: How channels are scored.
         allocation: How the ratio is shared out over the groups.
         ignore: Patterns of module names that are not to be touched.
@@ -113,7 +115,9 @@ def prune(
             wrapped around it anew afterwards: it keeps buckets of the old sizes.
         example_inputs: A tensor, a tuple of positional inputs, a dict of keyword inputs, or a whole batch.
         pruning_ratio: Fraction to be gone afterwards, counted against the dense model also when called again.
-        of: What it is a fraction of: "channels" (of all that can be pruned), "params" or "macs" (of the model).
+        of: What it is a fraction of: "channels" (of all that can be pruned), "params" or "macs" (of the model),
+            "memory" (of the activations of a forward pass, none of them freed) or "latency" (of a forward pass in eval
+            mode, as it is predicted for this machine).
         criterion: How channels are scored; `Magnitude()` if None.
         allocation: How the ratio is shared out over the groups; `Uniform()` if None.
         ignore: Patterns of module names that are not to be touched.
@@ -223,10 +227,11 @@ def _draft(model: nn.Module, example_inputs: ExampleInputs, request: Request) ->
             f"{type(request.criterion).__name__} finds nothing to prune in {type(model).__name__}: "
             f"{frozen or 'no group that it can score'}. Choose another criterion, or loosen `ignore`."
         )
-    baseline = Baseline.of(model, graph, scores)
-    lessons = Lessons()
+    baseline, costs = Baseline.of(model, graph, scores), Costs(model, graph)
+    request = replace(request, allocation=request.allocation.knowing(costs))
+    reach, lessons = Reach(model, graph, baseline, request.of, costs), Lessons()
     while True:
-        plan = _plan(model, graph, scores, request, baseline, lessons)
+        plan = _plan(scores, request, baseline, lessons, reach)
         trial = verify(model, graph, plan, prepare(model, graph, plan), lessons.mended)
         if not trial.refused:
             absorbing = graph if request.constants == "absorb" else None
@@ -237,62 +242,25 @@ def _draft(model: nn.Module, example_inputs: ExampleInputs, request: Request) ->
                 biases={name: len(bias) for name, bias in offsets.biases.items()},
             )
             record = _record(model, graph, plan, replace(trial, cut=cut), request, baseline, lessons.refused)
+            if request.of not in RECORDED:
+                record = replace(record, reached=reach(plan))
             return Draft(cut, record, offsets, plan, absorbing)
         lessons.learn(trial, plan, scores, kinds_of(model, graph.groups))
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """The dense model that ratios are counted against, and what is left of it now.
-
-    Attributes:
-        channels: Group name -> dense channels, of the groups that count.
-        params: Dense parameters.
-        macs: Dense multiply-accumulates.
-        macs_now: Multiply-accumulates now.
-    """
-
-    channels: Mapping[str, int]
-    params: int
-    macs: int
-    macs_now: int
-
-    @classmethod
-    def of(cls, model: nn.Module, graph: Graph, scores: Mapping[str, Tensor]) -> Baseline:
-        """Take it from the model's history, or from the model itself while nothing has been cut."""
-        past = history.history_of(model)
-        macs_now = per_example(graph.macs, graph.inputs)
-        known = past[0].channels if past else {}
-        channels = {name: known[name].dense if name in known else len(values) for name, values in scores.items()}
-        if not past:
-            return cls(channels, count_params(model), macs_now, macs_now)
-        return cls(channels, past[0].params.dense, past[0].macs.dense, macs_now)
-
-
 def _plan(
-    model: nn.Module,
-    graph: Graph,
-    scores: Mapping[str, Tensor],
-    request: Request,
-    baseline: Baseline,
-    lessons: Lessons,
+    scores: Mapping[str, Tensor], request: Request, baseline: Baseline, lessons: Lessons, reach: Reach
 ) -> PruningPlan:
-    """Share the ratio out; for parameters and MACs, search for the ratio of channels that gives it."""
+    """Share the ratio out; for all units but channels, search for the ratio of channels that gives it."""
     free = {name: values for name, values in scores.items() if name not in lessons.refused}
 
     def plan_for(ratio: float) -> PruningPlan:
         plan = allocate(free, ratio, request.allocation, request.limits, baseline.channels)
         return lessons.apply(plan, scores, request.limits)
 
-    def reached(plan: PruningPlan) -> float:
-        if request.of == "params":
-            cut = prepare(model, graph, plan)
-            return 1 - count_params(model, cut_shapes(named_tensors(model), cut.kept)) / baseline.params
-        return 1 - planned_macs(graph, plan) / max(baseline.macs, 1)
-
     if request.of == "channels" or request.pruning_ratio == 0:
         return plan_for(request.pruning_ratio)
-    return _search(plan_for, reached, request.pruning_ratio)
+    return _search(plan_for, reach, request.pruning_ratio)
 
 
 def _search(
@@ -343,7 +311,7 @@ def _record(
     return PruneRecord(
         asked=request.pruning_ratio,
         of=request.of,
-        reached={"channels": total, "params": params, "macs": macs}[request.of].removed,
+        reached={"params": params, "macs": macs}.get(request.of, total).removed,
         channels=channels,
         params=params,
         macs=macs,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch._ops import OpOverload
 
 from lightning_prune.labels import Labels
@@ -52,6 +53,8 @@ class Seen(NamedTuple):
     """What is left of a tensor among the arguments of a step."""
 
     origin: Origin
+    dtype: torch.dtype = torch.float32
+    strides: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

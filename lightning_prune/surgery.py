@@ -91,10 +91,12 @@ def apply(
         biases = {name: _bias(modules[name], width, offsets.biases.get(name)) for name, width in cut.biases.items()}
         setting = _Setting(cut.attributes, biases, notes or {})
         steps.append(_exchange_all(model, [*cut.kept, *offsets.added], moved, change, setting))
-    return _undo_all(steps)
+    return undo_all(steps)
 
 
-def _undo_all(steps: Sequence[Undo]) -> Undo:
+def undo_all(steps: Sequence[Undo]) -> Undo:
+    """Return what takes back several steps, the latest first."""
+
     def undo() -> None:
         for step in reversed(steps):
             step()
@@ -136,7 +138,7 @@ def revert(model: nn.Module, cut: Cut, notes: Mapping[str, object] | None = None
         selects = {name: model.get_submodule(name) for name in cut.selects}
         steps.append(lambda: put(model, selects))
         put(model, {name: norm for name, module in selects.items() for norm in list(module.children())[1:]})
-    return _undo_all(steps)
+    return undo_all(steps)
 
 
 @dataclass(frozen=True)

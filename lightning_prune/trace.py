@@ -134,7 +134,8 @@ def _told(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def _seen(value: Any) -> Any:
     """Put `Seen` for the tensors in an argument."""
     if isinstance(value, Tensor):
-        return Seen(_origin(value))
+        strides = value.stride() if value.layout is torch.strided else ()
+        return Seen(_origin(value), value.dtype, strides)
     return [_seen(item) for item in value] if type(value) in (list, tuple) else value
 
 

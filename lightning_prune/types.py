@@ -9,10 +9,10 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-Unit: TypeAlias = Literal["channels", "params", "macs"]
-"""What a pruning ratio is a fraction of."""
+Unit: TypeAlias = Literal["channels", "params", "macs", "memory", "latency"]
+"""What a pruning ratio is a fraction of; "memory" is that of all activations, "latency" is predicted."""
 
-UNITS: tuple[Unit, ...] = ("channels", "params", "macs")
+UNITS: tuple[Unit, ...] = ("channels", "params", "macs", "memory", "latency")
 
 Heads: TypeAlias = Literal["whole", "inside", "keep"]
 """How attention heads are cut: one with all that it holds, the same part of the width of all, or not at all."""
@@ -135,7 +135,7 @@ class PruneRecord:
     Attributes:
         asked: The pruning ratio asked for, cumulative, in [0, 1).
         of: What `asked` and `reached` are fractions of.
-        reached: The pruning ratio after the cut, counted against the dense model.
+        reached: The pruning ratio after the cut, counted against the dense model; of latency the predicted one.
         channels: Group name -> its channels. Frozen groups stand here too, unchanged.
         params: Parameters of the model.
         macs: Multiply-accumulates of one forward pass, per example.

@@ -23,12 +23,19 @@ from lightning.pytorch import callbacks as neighbours
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import SGD, AdamW
 
 from lightning_prune import history_of
 from lightning_prune.allocation import Global
-from lightning_prune.callbacks import BNSlimmingCallback, MagnitudePruneCallback, PruneCallback
-from lightning_prune.criteria import Magnitude
+from lightning_prune.callbacks import (
+    BNSlimmingCallback,
+    DistillationCallback,
+    EWCCallback,
+    FisherRaoMonitor,
+    MagnitudePruneCallback,
+    PruneCallback,
+)
+from lightning_prune.criteria import Fisher, Magnitude
 from lightning_prune.schedules import linear
 from lightning_prune.types import ChannelGroup
 
@@ -186,6 +193,42 @@ def resumed(folder: Path) -> dict[str, Any]:
     return outcome(whole) | {"resumed": ends}
 
 
+class Noting(Fisher):
+    """Keeps the last scores."""
+
+    def score(self, model: nn.Module, group: ChannelGroup) -> Tensor | None:
+        found = super().score(model, group)
+        self._last = {**getattr(self, "_last", {}), group.name: found}
+        return found
+
+
+class Still(Module):
+    """Its weights stay as they are, and its norms in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__(partial(SGD, lr=0.0))
+
+    def on_train_epoch_start(self) -> None:
+        self.eval()
+
+
+def signal(folder: Path) -> dict[str, Any]:
+    """What a criterion has gathered on all ranks in an epoch."""
+    net, criterion = Still(), Noting()
+    made = fit(net, PruneCallback(0.5, criterion=criterion, begin=1, end=1), max_epochs=2, accumulate_grad_batches=2)
+    scores = {name: [float(score) for score in found] for name, found in criterion._last.items()}
+    return outcome(net, made) | {"scores": scores}
+
+
+def consolidated(folder: Path) -> dict[str, Any]:
+    """A second task, held by what the first has taught."""
+    net, ewc = Shuffled(), EWCCallback(2.0, consolidate_on="fit_end")
+    fit(net, ewc, max_epochs=1)
+    made = fit(net, ewc, FisherRaoMonitor(), twice())
+    found = {"information": hashed(dict(ewc.information)), "norm": float(made.callback_metrics["fisher_rao/after"])}
+    return outcome(net, made) | found | {"all parameters move": moved(net, made)}
+
+
 def refused_by_hand(folder: Path) -> dict[str, Any]:
     try:
         fit(ByHand(), twice(), strategy=ddp(static_graph=True))
@@ -215,8 +258,12 @@ FITS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "bf16-mixed": plain(Shuffled, twice, precision="bf16-mixed"),
     "slimming": plain(Shuffled, partial(BNSlimmingCallback, 0.5, strength=0.01, begin=1, end=2)),
     "random": plain(Shuffled, partial(PruneCallback, 0.5, criterion=Chance(), allocation=Global(), begin=1, end=2)),
+    "fisher": plain(Shuffled, lambda: PruneCallback(0.5, criterion=Fisher(), schedule=linear, begin=1, end=3)),
+    "fisher's signal": signal,
     "on steps": plain(Shuffled, on_steps),
     "on steps, accumulated": plain(Shuffled, on_steps, accumulate_grad_batches=2, max_epochs=8),
+    "distilled": plain(Shuffled, DistillationCallback, twice),
+    "consolidated": consolidated,
     "resumed": resumed,
     "a rank that fails": failing(partial(PruneCallback, 0.5, criterion=Stumbles(), begin=2, end=2)),
     "a rank with another plan": failing(Deceived, twice),

@@ -219,7 +219,7 @@ class TestRatios:
             prune(_net(), torch.zeros(1, 4), pruning_ratio=ratio)
 
     def test_an_unknown_unit_is_an_error(self) -> None:
-        with pytest.raises(ValueError, match=r"one of 'channels', 'params', 'macs'; got 'flops'"):
+        with pytest.raises(ValueError, match=r"one of 'channels', 'params', 'macs', 'memory', 'latency'; got 'flops'"):
             prune(_net(), torch.zeros(1, 4), pruning_ratio=0.5, of="flops")  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("of", ["params", "macs"])

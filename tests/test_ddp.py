@@ -13,16 +13,20 @@ import ddp_fits
 import lightning.pytorch as pl
 import pytest
 import torch
-from fits import Module, trainer, widths
+import torch.nn.functional as F
+from fits import EXAMPLE, Module, images, trainer, widths
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_prune import history_of
 from lightning_prune.callbacks import MagnitudePruneCallback, PrunedStateMixin
+from lightning_prune.criteria import Fisher, score_groups
+from lightning_prune.graph import read
 
 FAILING = {name: None for name in ddp_fits.FITS if name.startswith("a rank")}
 REFUSED = "static graph by hand"
-ENDED = [name for name in ddp_fits.FITS if name not in (*FAILING, REFUSED)]
+SIGNAL = "fisher's signal"
+ENDED = [name for name in ddp_fits.FITS if name not in (*FAILING, REFUSED, SIGNAL)]
 
 Ranks = tuple[dict[str, Any], dict[str, Any]]
 
@@ -60,6 +64,17 @@ def test_all_parameters_are_trained_after_the_cut(ranks: Ranks, name: str) -> No
 
 def test_a_resumed_fit_is_the_unbroken_one(ranks: Ranks) -> None:
     assert all(all(rank["resumed"]["resumed"].values()) for rank in ranks)
+
+
+def test_the_signal_is_that_of_all_ranks_together(ranks: Ranks) -> None:
+    net, fisher = Module().net.eval(), Fisher()
+    with fisher.gathering(net, EXAMPLE):
+        for inputs, labels in images():
+            F.cross_entropy(net(inputs), labels).backward()
+            fisher.take()
+    for name, scores in score_groups(fisher, net, read(net, EXAMPLE).groups).items():
+        for rank in ranks:
+            assert rank[SIGNAL]["scores"][f"net.{name}"] == pytest.approx(scores.tolist(), rel=1e-5)
 
 
 def test_steps_are_cut_outside_of_accumulation_windows(ranks: Ranks) -> None:

@@ -2,6 +2,10 @@
 
 from lightning_prune.callbacks.base import PruneCallback
 from lightning_prune.callbacks.checkpoints import PrunedStateMixin
+from lightning_prune.callbacks.distillation import DistillationCallback
+from lightning_prune.callbacks.ewc import EWCCallback
+from lightning_prune.callbacks.fisher import FisherPruneCallback
+from lightning_prune.callbacks.fisher_rao import FisherRaoMonitor
 from lightning_prune.callbacks.magnitude import MagnitudePruneCallback
 from lightning_prune.callbacks.masking import MaskPruneCallback
 from lightning_prune.callbacks.monitor import SparsityMonitor
@@ -11,6 +15,10 @@ from lightning_prune.callbacks.slimming import BNSlimmingCallback
 
 __all__ = [
     "BNSlimmingCallback",
+    "DistillationCallback",
+    "EWCCallback",
+    "FisherPruneCallback",
+    "FisherRaoMonitor",
     "MagnitudePruneCallback",
     "MaskPruneCallback",
     "PruneCallback",

@@ -14,6 +14,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -48,7 +49,8 @@ class PruneCallback(pl.Callback):
 
     Args:
         pruning_ratio: Fraction to be gone in the end, counted against the dense model, in [0, 1).
-        of: What it is a fraction of: "channels" (of all that can be pruned), "params" or "macs" (of the model).
+        of: What it is a fraction of: "channels" (of all that can be pruned), "params", "macs", "memory" or "latency"
+            (of the model; see `prune`).
         criterion: How channels are scored; `Magnitude()` if None.
         allocation: How the ratio is shared out over the groups; `Uniform()` if None.
         schedule: Pure function from progress to the share of the ratio, see `lightning_prune.schedules`.
@@ -193,6 +195,10 @@ class PruneCallback(pl.Callback):
             self.gathering.look(batch, self._steps_left(trainer, batch_idx))
 
     @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        self.gathering.see_loss(loss)
+
+    @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.gathering.take(trainer)
 
@@ -214,11 +220,15 @@ class PruneCallback(pl.Callback):
     def _check_ahead(self, trainer: pl.Trainer, pl_module: pl.LightningModule, example: ExampleInputs) -> None:
         """Plan the whole pruning once before the first step, so that what is wrong shows before time is spent."""
         if not self._checked and not self.is_finished:
-            shares = [f"{at} ({share * self.request.pruning_ratio:.1%})" for at, share in self.events.items()]
-            told = ", ".join(shares if len(shares) <= _TOLD else [*shares[: _TOLD - 1], "...", shares[-1]])
-            rank_zero_info(f"{type(self).__name__}: prune events at {self.timing.unit}s {told}")
+            rank_zero_info(f"{type(self).__name__}: {self._intention()}")
             self._rehearse(trainer, pl_module, example)
         self._checked = True
+
+    def _intention(self) -> str:
+        """Return the events in words."""
+        shares = [f"{at} ({share * self.request.pruning_ratio:.1%})" for at, share in self.events.items()]
+        told = ", ".join(shares if len(shares) <= _TOLD else [*shares[: _TOLD - 1], "...", shares[-1]])
+        return f"prune events at {self.timing.unit}s {told}"
 
     def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, example: ExampleInputs) -> None:
         """Plan the last event at the weights that there are now."""
@@ -233,18 +243,23 @@ class PruneCallback(pl.Callback):
         """Cut if an event is due; one that a resumed fit has missed is made up for."""
         moments = list(self.events)
         come = bisect_right(moments, self.timing.now(trainer))
-        if come and moments[come - 1] > self._done and trainer.current_epoch < self._epochs:
+        due = come and moments[come - 1] > self._done and not self.is_finished
+        if due and trainer.current_epoch < self._epochs:
             self._event(trainer, pl_module, example, moments[come - 1])
 
     def _event(self, trainer: pl.Trainer, pl_module: pl.LightningModule, example: ExampleInputs, moment: int) -> None:
         """Prune as far as the schedule says for this moment."""
-        request = replace(self.request, pruning_ratio=self.events[moment] * self.request.pruning_ratio)
+        request = self._request_at(pl_module, example, moment)
         draft = agreed(trainer, pl_module, lambda: draft_cut(pl_module, example, request))
         with signals_wait():
             record = self._cut(trainer, pl_module, draft)
             self._done = moment
             self.gathering.forget()
         self._tell(trainer, record)
+
+    def _request_at(self, pl_module: pl.LightningModule, example: ExampleInputs, moment: int) -> Request:
+        """Return what is asked of an event."""
+        return replace(self.request, pruning_ratio=self.events[moment] * self.request.pruning_ratio)
 
     def _cut(self, trainer: pl.Trainer, pl_module: pl.LightningModule, draft: Draft) -> PruneRecord:
         """Cut the network and its averaged copies, and let the optimizers follow: all of it, or nothing."""

@@ -1,4 +1,4 @@
-"""Recalibration inside a fit: batches of the training data, read beside the training itself."""
+"""Batches of the training data, read beside the training itself, and recalibration with them inside a fit."""
 
 from __future__ import annotations
 
@@ -16,8 +16,15 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from lightning_prune.calibration import recalibrate, tracking_norms
 
 
-def training_data(trainer: pl.Trainer) -> DataLoader[Any]:
+def training_data(
+    trainer: pl.Trainer, who: str = "`recalibrate`", instead: str = "`lightning_prune.calibration.recalibrate`"
+) -> DataLoader[Any]:
     """Return the loader whose data set can be read a second time, beside the training.
+
+    Args:
+        trainer: Whose data they are.
+        who: Wants to read them.
+        instead: What is to be called where that cannot be.
 
     Raises:
         MisconfigurationException: There are several loaders, or one that cannot be read so.
@@ -26,8 +33,8 @@ def training_data(trainer: pl.Trainer) -> DataLoader[Any]:
     if isinstance(loader, DataLoader) and loader.batch_size and not isinstance(loader.dataset, IterableDataset):
         return loader
     raise MisconfigurationException(
-        f"`recalibrate` reads the training data a second time, which takes one DataLoader with a batch size over a "
-        f"map-style dataset; got {type(loader).__name__}. Call `lightning_prune.calibration.recalibrate` yourself."
+        f"{who} reads the training data a second time, which takes one DataLoader with a batch size over a "
+        f"map-style dataset; got {type(loader).__name__}. Call {instead} yourself."
     )
 
 
@@ -38,11 +45,12 @@ def recalibrate_in_fit(trainer: pl.Trainer, networks: list[nn.Module], batches: 
     """
     for network in networks:
         with isolate_rng(), trainer.precision_plugin.forward_context():
-            recalibrate(network, _batches(trainer), batches)
+            recalibrate(network, training_batches(trainer), batches)
         _average_over_ranks(trainer, network)
 
 
-def _batches(trainer: pl.Trainer) -> Iterator[Any]:
+def training_batches(trainer: pl.Trainer) -> Iterator[Any]:
+    """Yield batches of the training data in an order that the step and the rank say; random numbers are set anew."""
     loader = training_data(trainer)
     seed = trainer.global_step * trainer.world_size + trainer.global_rank
     torch.manual_seed(seed)
@@ -54,7 +62,7 @@ def _batches(trainer: pl.Trainer) -> Iterator[Any]:
         drop_last=len(loader.dataset) > (loader.batch_size or 1),  # type: ignore[arg-type]
     )
     for batch in twin:
-        yield trainer.strategy.batch_to_device(batch)
+        yield trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
 
 
 def _average_over_ranks(trainer: pl.Trainer, network: nn.Module) -> None:

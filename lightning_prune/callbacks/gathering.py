@@ -82,6 +82,11 @@ class Gathering:
         if self.criterion is not None and (self.window is None or left <= self.window):
             self.criterion.look(_rows(batch))
 
+    def see_loss(self, loss: Tensor) -> None:
+        """Show a loss before its backward pass."""
+        if self.criterion is not None and self.criterion.is_looking:
+            self.criterion.see_loss(loss)
+
     def take(self, trainer: pl.Trainer) -> None:
         """Take in what a backward pass has shown, on all ranks."""
         if self.criterion is None or not self.criterion.is_looking:

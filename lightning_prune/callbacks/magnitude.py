@@ -31,7 +31,7 @@ class MagnitudePruneCallback(MaskPruneCallback):
             `StdThreshold(q)` (the paper's) and `PerLayer({...})`. Norms of different layers compare only roughly.
         retraining: How weights are retrained: learning rates, dropout, dead channels, rewinding, parts in turn;
             `Retraining()` if None. Not for channels.
-        of: What the ratio of channels counts: "channels", "params" or "macs".
+        of: What the ratio of channels counts: "channels", "params", "macs", "memory" or "latency".
 
     The other arguments are those of `PruneCallback`; `heads`, `min_channels`, `round_to`, `constants` and `trunks` are
     about channels only.

@@ -171,7 +171,13 @@ class MaskPruneCallback(PruneCallback):
             self._draft_of_dead(trainer, pl_module, example)
         return None
 
-    def _proposed(self, pl_module: pl.LightningModule, ratio: float) -> MaskProposal:
+    def _information(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Mapping[str, Tensor] | None:
+        """Return the Fisher information by which weights are ranked at an event; None: they are by magnitude."""
+        return None
+
+    def _proposed(
+        self, pl_module: pl.LightningModule, ratio: float, information: Mapping[str, Tensor] | None = None
+    ) -> MaskProposal:
         assert self.unit is not None
         masks = magnitude_masks(
             pl_module,
@@ -181,6 +187,7 @@ class MaskPruneCallback(PruneCallback):
             ignore=self.request.ignore,
             before={name: mask for name, mask in masks_of(pl_module).items() if name in self._dense} or None,
             dense=self._dense,
+            information=information,
         )
         return MaskProposal(masks)
 
@@ -189,7 +196,8 @@ class MaskPruneCallback(PruneCallback):
         if self.unit is None:
             return super()._event(trainer, pl_module, example, moment)
         ratio = self.events[moment] * self.request.pruning_ratio
-        masks = agreed(trainer, pl_module, lambda: self._proposed(pl_module, ratio)).masks
+        information = self._information(trainer, pl_module)
+        masks = agreed(trainer, pl_module, lambda: self._proposed(pl_module, ratio, information)).masks
         every = [unwrapped(optimizer) for optimizer in trainer.optimizers]
         with signals_wait():
             if self.retraining.rewind_to is not None:

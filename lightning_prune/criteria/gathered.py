@@ -132,6 +132,9 @@ class Gathered(Criterion):
         self._reached.add(name)
         self._note(name, inputs.detach(), gradient)
 
+    def see_loss(self, loss: Tensor) -> None:
+        """Look at the loss before its backward pass; most rules do not."""
+
     def drop_step(self) -> None:
         """Forget what was seen since the last step that was taken in."""
         self._drop_step()

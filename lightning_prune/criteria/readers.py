@@ -36,6 +36,23 @@ def channel_dim(module: nn.Module) -> int:
     return 1 if isinstance(module, _ConvNd) else -1
 
 
+def weight_of(module: nn.Module) -> Tensor:
+    """Return the weight with which a layer reads its input."""
+    weight = module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def along_input(module: nn.Module, values: Tensor) -> Tensor:
+    """Sum values of a weight's shape over all that reads the same channel of the layer's input: (channels,)."""
+    if isinstance(module, _ConvTransposeNd):
+        return values.flatten(1).sum(1)
+    if isinstance(module, _ConvNd):
+        parts: Tensor = values.flatten(2).sum(2).unflatten(0, (module.groups, -1))
+        return parts.sum(1).flatten()
+    return values.sum(0)
+
+
 def readers_of(model: nn.Module, graph: Graph) -> dict[str, tuple[Reader, ...]]:
     """Find the layers that read each group, where all of them are modules whose input can be watched.
 

@@ -1,9 +1,9 @@
-"""From weights and a ratio to masks: the weights with the smallest magnitude go."""
+"""From weights and a ratio to masks: the weights with the smallest magnitude go, or those that carry least."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from operator import gt
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_prune.allocation import DenseLayer, MaskedLayer, Uniform, WeightAllocation
 from lightning_prune.errors import PruningError, ScoreError
-from lightning_prune.masks.allocations import deviation
+from lightning_prune.masks.allocations import StdThreshold, deviation
 from lightning_prune.masks.granularity import NM, Granularity
 from lightning_prune.masks.granularity import granularity as read_granularity
 from lightning_prune.masks.held import Masks, check_fit
@@ -29,6 +29,7 @@ def magnitude_masks(
     ignore: Sequence[str] = (),
     before: Masks | None = None,
     dense: Mapping[str, DenseLayer] | None = None,
+    information: Mapping[str, Tensor] | None = None,
 ) -> Masks:
     """Choose the weights that stay: of each layer those with the largest |w|, by exact count.
 
@@ -44,6 +45,8 @@ def magnitude_masks(
         before: The masks that there are; None says that nothing has been pruned yet.
         dense: What `dense_layers` gave before any pruning; None takes the shapes that there are now, and the deviations
             too where nothing has been pruned.
+        information: Name -> the Fisher information of each weight, of its shape (see `fisher_information`): weights are
+            ranked by F w^2, twice what their removal adds to the loss (Theis et al. 2018, equation 7), in place of |w|.
 
     Returns:
         Name -> mask, on the device of its weight.
@@ -63,6 +66,8 @@ def magnitude_masks(
     unit = read_granularity(granularity)
     _check(ratio, unit, allocation)
     layers = _layers(model, ignore, before or {})
+    if information is not None:
+        layers = _weighed(layers, information, allocation)
     for layer in layers.values():
         layer.check(unit)
     if isinstance(unit, NM):
@@ -81,6 +86,7 @@ class _Layer:
     weight: Tensor
     input_first: bool
     before: Tensor | None
+    factors: Tensor | None = None
 
     def turned(self, tensor: Tensor) -> Tensor:
         """Return a tensor of the weight's shape as (out, in, *kernel), or the other way round."""
@@ -96,7 +102,7 @@ class _Layer:
             )
 
     def scores(self, unit: Granularity) -> Tensor:
-        scores = unit.scores(self.turned(self.weight))
+        scores = unit.scores(self.turned(self.weight if self.factors is None else self.weight * self.factors))
         if self.before is None:
             return scores
         return scores.masked_fill_(~unit.units(self.turned(self.before)), -1)
@@ -106,6 +112,28 @@ class _Layer:
         shape = self.turned(self.weight).shape
         mask = torch.empty_like(self.weight, dtype=torch.bool).copy_(self.turned(unit.spread(kept, shape)))
         return mask if self.before is None else mask.logical_and_(self.before)
+
+
+def _weighed(
+    layers: Mapping[str, _Layer], information: Mapping[str, Tensor], allocation: WeightAllocation | None
+) -> dict[str, _Layer]:
+    """Let |w| sqrt(F) stand for |w|, which ranks as F w^2 does."""
+    if isinstance(allocation, StdThreshold):
+        raise ValueError(
+            f"`allocation` {allocation!r} compares weights with their deviation, and `information` ranks them by "
+            "F w^2. Leave one of them out."
+        )
+    weighed = {}
+    for name, layer in layers.items():
+        found = information.get(name)
+        if found is None or found.shape != layer.weight.shape:
+            shape = None if found is None else tuple(found.shape)
+            raise ValueError(
+                f"`information` has the shape {shape} for {name!r}, which has {tuple(layer.weight.shape)}. Estimate it "
+                "for this model as it is now, or put the layer in `ignore`."
+            )
+        weighed[name] = replace(layer, factors=found.to(layer.weight).clamp(min=0).sqrt())
+    return weighed
 
 
 def _check(ratio: float, unit: Granularity, allocation: object) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -11,28 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_prune.inputs import Inputs, bind, tensors_in
+from lightning_prune.batches import Batch, taken_apart
+from lightning_prune.inputs import Inputs, tensors_in
 from lightning_prune.tensors import named_tensors
 
 _KEPT = 2**28
 """Batches of so many bytes together are kept: 256 MiB."""
 
 _TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A batch, taken apart.
-
-    Attributes:
-        inputs: What the model's forward is called with.
-        targets: The last entry of a list or tuple; of any other batch the batch itself.
-        size: Examples in it: the size of dimension 0 of the first tensor of the targets, or of the inputs.
-    """
-
-    inputs: Inputs
-    targets: Any
-    size: int
 
 
 class Batches:
@@ -64,7 +49,7 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches in the loader's order."""
         for batch in self._read() if self._kept is None else self._kept:
-            yield _taken_apart(self._model, _each_tensor(batch, torch.clone))
+            yield taken_apart(self._model, _each_tensor(batch, torch.clone))
 
     def _read(self) -> Iterator[Any]:
         kept: list[Any] = []
@@ -142,12 +127,3 @@ def _no_batches(source: object) -> str:
 
 def _each_tensor(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return Inputs((batch,)).map(change).args[0]
-
-
-def _taken_apart(model: nn.Module, batch: Any) -> Batch:
-    inputs, targets = batch, batch
-    if isinstance(batch, (list, tuple)) and batch:
-        *leading, targets = batch
-        inputs = leading[0] if len(leading) == 1 else tuple(leading) or targets
-    tensor = next(tensors_in((targets, inputs)), torch.empty(()))
-    return Batch(bind(model, inputs), targets, tensor.shape[0] if tensor.dim() else 1)

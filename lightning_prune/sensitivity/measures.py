@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_prune.sensitivity.batches import Batch, Batches
+from lightning_prune.batches import Batch
+from lightning_prune.sensitivity.batches import Batches
 
 Better: TypeAlias = Literal["higher", "lower"]
 """Which way a number is better."""
