@@ -15,6 +15,9 @@ from lightning_prune.types import Change, ChannelGroup, PruneRecord
 _INK, _PALE, _FULL = (40, 40, 40), (205, 212, 222), (38, 110, 180)
 _ROW, _LEFT, _BAR = 16, 260, 420
 
+_ENDS = 10
+"""So many of a history's first cuts are told, and of its last."""
+
 
 def count(number: float) -> str:
     """Write a count; a large one in three digits and a unit.
@@ -81,11 +84,15 @@ def describe(groups: Sequence[ChannelGroup]) -> Table:
 
 
 def history_table(records: Sequence[PruneRecord]) -> Table:
-    """Tell all cuts of a training, a line each."""
+    """Tell all cuts of a training, a line each; of many, the first and the last."""
     table = Table(title="Prune events")
     for column in ("epoch", "step", "asked", "reached", "parameters", "MACs", "removed"):
         table.add_column(column, justify="right")
-    for record in records:
+    few = len(records) <= 2 * _ENDS
+    for record in records if few else (*records[:_ENDS], None, *records[-_ENDS:]):
+        if record is None:
+            table.add_row(*["..."] * len(table.columns))
+            continue
         when = ("" if record.epoch is None else str(record.epoch), "" if record.step is None else str(record.step))
         asked = (f"{record.asked:.1%} of {record.of}", f"{record.reached:.1%}")
         left = (count(record.params.after), count(record.macs.after))

@@ -144,6 +144,17 @@ def test_what_is_replayed_is_what_the_pruned_network_does(name: str, batch_size:
     assert ("in 0231" in "".join(planned)) is (name == "channels last")
 
 
+def test_activations_between_layers_in_channels_last_are_in_channels_last() -> None:
+    last = torch.channels_last
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).to(memory_format=last)
+    found = keys(priced(net, torch.rand(2, 3, 8, 8).to(memory_format=last), Counted()), same)
+    assert [key.partition("]")[0].partition("float32[")[2] for key in found] == [
+        "2x3x8x8 in 0231",
+        "2x8x6x6 in 0231",
+        "2x8x6x6 in 0231",
+    ]
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_operation_can_be_done_alone_at_the_corners(name: str, caplog: pytest.LogCaptureFixture) -> None:
     make, images = NETWORKS[name]

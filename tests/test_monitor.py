@@ -193,6 +193,15 @@ def test_a_history_as_a_table() -> None:
     assert rows[1][-3:] == [f"{1 - MACS[4] / MACS[8]:.1%}", "of", "MACs"]
 
 
+def test_a_long_history_is_told_by_its_ends() -> None:
+    net = nn.Sequential(nn.Linear(4, 30), nn.Linear(30, 2))
+    records = [prune(net, torch.zeros(1, 4), pruning_ratio=(at + 1) / 30) for at in range(25)]
+    table = history_table(records)
+    assert table.row_count == 21
+    assert list(table.columns[3].cells)[9:12] == ["33.3%", "...", "53.3%"]
+    assert history_table(records[:20]).row_count == 20
+
+
 def test_a_cut_without_a_trainer_has_no_epoch() -> None:
     shown = text(history_table([record()]))
     assert "75.0% of channels" in shown
