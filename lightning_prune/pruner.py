@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_prune import history
 from lightning_prune.absorption import absorb
-from lightning_prune.allocation import Allocation, Limits, Uniform, allocate
+from lightning_prune.allocation import Allocation, Limits, RoundTo, Uniform, allocate
 from lightning_prune.baseline import RECORDED, Baseline, Reach
 from lightning_prune.cost import Costs, count_params, per_example
 from lightning_prune.criteria import Criterion, Magnitude, score_groups
@@ -104,7 +104,7 @@ def prune(
     ignore: Sequence[str] = (),
     heads: Heads = "whole",
     min_channels: int = 1,
-    round_to: int | None = None,
+    round_to: RoundTo = None,
     constants: Constants = "absorb",
     trunks: Trunks = "whole",
 ) -> PruneRecord:
@@ -123,7 +123,8 @@ def prune(
         ignore: Patterns of module names that are not to be touched.
         heads: How attention heads are cut: "whole", "inside" or "keep" (see `find_groups`).
         min_channels: Channels that each group keeps at least.
-        round_to: Widths are rounded to the nearest multiple of it.
+        round_to: Widths are rounded to the nearest multiple of it; "auto" finds out which one this machine likes, from
+            the times of convolutions at several widths (see `lightning_prune.cost.preferred_multiple`).
         constants: What becomes of what removed channels emit on average, as far as BatchNorm tells it: "absorb" puts
             it into the next layer's bias or running mean (see `lightning_prune.absorption`), "drop" loses it.
         trunks: How a trunk that several BatchNorms read is cut, as in pre-activation networks and DenseNets: "whole"
@@ -229,6 +230,8 @@ def _draft(model: nn.Module, example_inputs: ExampleInputs, request: Request) ->
         )
     baseline, costs = Baseline.of(model, graph, scores), Costs(model, graph)
     request = replace(request, allocation=request.allocation.knowing(costs))
+    if request.limits.round_to == "auto":
+        request = replace(request, limits=request.limits.knowing(costs.liked_multiple()))
     reach, lessons = Reach(model, graph, baseline, request.of, costs), Lessons()
     while True:
         plan = _plan(scores, request, baseline, lessons, reach)

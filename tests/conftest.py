@@ -1,4 +1,4 @@
-"""What all tests share: one thread, so that parallel runs do not fight, and no global state left behind."""
+"""What all tests share: one thread, so that parallel runs do not fight, and no global state used or left behind."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ torch.set_num_threads(1)
 def _same_random_numbers() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let timings of this machine lie in a folder of the run: those of its user are none of its business."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIGHTNING_PRUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

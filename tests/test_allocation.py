@@ -190,7 +190,7 @@ class TestLimits:
     def test_limits_below_one_are_errors(self, value: int) -> None:
         with pytest.raises(ValueError, match=rf"`min_channels` is .*1 or more; got {value}"):
             Limits(min_channels=value)
-        with pytest.raises(ValueError, match=rf"`round_to` is .*1 or more; got {value}"):
+        with pytest.raises(ValueError, match=rf"`round_to` is .*1 or more, .*; got {value}"):
             Limits(round_to=value)
 
     @pytest.mark.parametrize("cap", [0.0, -0.1, 1.1, float("nan")])

@@ -350,3 +350,12 @@ class TestLatency:
     def test_allocation_by_latency(self) -> None:
         record = prune(convolutions(), IMAGES, pruning_ratio=0.05, of="latency", allocation=ByCost(of="latency"))
         assert record.reached >= 0.05
+
+
+def test_widths_that_the_machine_likes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_prune.cost.costs.preferred_multiple", lambda price: 8)
+    net = nn.Sequential(nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Conv2d(32, 2, 3))
+    record = prune(net, torch.zeros(1, 1, 8, 8), pruning_ratio=0.4, round_to="auto")
+    assert [change.after for change in record.channels.values()][:2] == [16, 16]
+    with pytest.raises(ValueError, match=r"`round_to` is the multiple.*or \"auto\"; got 'eight'"):
+        prune(net, torch.zeros(1, 1, 8, 8), pruning_ratio=0.4, round_to="eight")  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 from lightning_prune.allocation.base import Allocation
 from lightning_prune.allocation.by_cost import ByCost
 from lightning_prune.allocation.isomorphic import Isomorphic
-from lightning_prune.allocation.limits import Limits
+from lightning_prune.allocation.limits import Limits, RoundTo
 from lightning_prune.allocation.plain import Global, Uniform, Zeros
 from lightning_prune.allocation.planning import allocate, lowest
 from lightning_prune.allocation.weights import DenseLayer, MaskedLayer, WeightAllocation, kept_of_all
@@ -16,6 +16,7 @@ __all__ = [
     "Isomorphic",
     "Limits",
     "MaskedLayer",
+    "RoundTo",
     "Uniform",
     "WeightAllocation",
     "Zeros",

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune import history, optimizers
-from lightning_prune.allocation import Allocation, Limits, Uniform
+from lightning_prune.allocation import Allocation, Limits, RoundTo, Uniform
 from lightning_prune.calibration import tracking_norms
 from lightning_prune.callbacks.averages import averaged_copies
 from lightning_prune.callbacks.calibration import recalibrate_in_fit, training_data
@@ -62,7 +62,7 @@ class PruneCallback(pl.Callback):
         ignore: Patterns of module names that are not to be touched.
         heads: How attention heads are cut: "whole", "inside" or "keep" (see `find_groups`).
         min_channels: Channels that each group keeps at least.
-        round_to: Widths are rounded to the nearest multiple of it.
+        round_to: Widths are rounded to the nearest multiple of it; "auto": of the one that this machine likes.
         constants: What becomes of what removed channels emit on average: "absorb" or "drop" (see `prune`).
         trunks: How a trunk that several BatchNorms read is cut: "whole" or "selected" (see `prune`).
         recalibrate: Over so many batches of the training data BatchNorm's running statistics are estimated anew after
@@ -87,7 +87,7 @@ class PruneCallback(pl.Callback):
         ignore: Sequence[str] = (),
         heads: Heads = "whole",
         min_channels: int = 1,
-        round_to: int | None = None,
+        round_to: RoundTo = None,
         constants: Constants = "absorb",
         trunks: Trunks = "whole",
         recalibrate: int = 0,

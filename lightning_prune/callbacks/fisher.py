@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune.allocation import Allocation, Global, WeightAllocation
+from lightning_prune.allocation import Allocation, Global, RoundTo, WeightAllocation
 from lightning_prune.baseline import Baseline
 from lightning_prune.callbacks.calibration import training_batches, training_data
 from lightning_prune.callbacks.gathering import Gathering
@@ -88,7 +88,7 @@ class FisherPruneCallback(MaskPruneCallback):
         ignore: Sequence[str] = (),
         heads: Heads = "whole",
         min_channels: int = 1,
-        round_to: int | None = None,
+        round_to: RoundTo = None,
         constants: Constants = "absorb",
         trunks: Trunks = "whole",
         recalibrate: int = 0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from lightning_prune.allocation import Allocation, WeightAllocation
+from lightning_prune.allocation import Allocation, RoundTo, WeightAllocation
 from lightning_prune.callbacks.masking import MaskPruneCallback
 from lightning_prune.callbacks.retraining import Retraining
 from lightning_prune.criteria import Magnitude
@@ -61,7 +61,7 @@ class MagnitudePruneCallback(MaskPruneCallback):
         ignore: Sequence[str] = (),
         heads: Heads = "whole",
         min_channels: int = 1,
-        round_to: int | None = None,
+        round_to: RoundTo = None,
         constants: Constants = "absorb",
         trunks: Trunks = "whole",
         recalibrate: int = 0,

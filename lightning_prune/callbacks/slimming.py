@@ -14,7 +14,7 @@ from torch.optim import SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_prune.allocation import Allocation, Global
+from lightning_prune.allocation import Allocation, Global, RoundTo
 from lightning_prune.callbacks.base import PruneCallback, unwrapped
 from lightning_prune.callbacks.passes import Course, Passes, PassTiming, phases_of
 from lightning_prune.callbacks.rehearsal import Rehearsal
@@ -88,7 +88,7 @@ class BNSlimmingCallback(PruneCallback):
         ignore: Sequence[str] = (),
         heads: Heads = "whole",
         min_channels: int = 1,
-        round_to: int | None = None,
+        round_to: RoundTo = None,
         constants: Constants = "absorb",
         trunks: Trunks = "whole",
         recalibrate: int = 0,

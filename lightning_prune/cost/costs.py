@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_prune.cost.latency import LatencyPrice
 from lightning_prune.cost.planned import PlannedCost, Share
+from lightning_prune.cost.preferred import preferred_multiple
 from lightning_prune.cost.price import Price, ShapeOf, macs, memory
 from lightning_prune.graph import Graph
 from lightning_prune.labels import Labels
@@ -49,9 +50,13 @@ class Costs:
                 f"`unit` is what is counted, one of {', '.join(map(repr, COUNTED))}; got {unit!r}. Take the sum of the "
                 "widths for channels."
             )
-        price = self._latency if unit == "latency" else {"macs": macs, "memory": memory}[unit]
+        price: Price = self._latency if unit == "latency" else {"macs": macs, "memory": memory}[unit]
         steps = next(iter(self.graph.runs.values())).steps
         return PlannedCost(self.graph, (partial(price, step) for step in steps))
+
+    def liked_multiple(self) -> int:
+        """Return the multiple that widths are worth being rounded to on this machine (see `preferred_multiple`)."""
+        return preferred_multiple(self._latency)
 
     def _tensors(self) -> Iterator[Share]:
         """Yield what says the size of each parameter."""
@@ -60,7 +65,7 @@ class Costs:
             yield partial(_elements, shape, self.graph.labels.get(name, (None,) * len(shape)))
 
     @cached_property
-    def _latency(self) -> Price:
+    def _latency(self) -> LatencyPrice:
         return LatencyPrice(self.graph, self.model)
 
 
