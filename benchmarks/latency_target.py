@@ -1,6 +1,6 @@
 """Whether `of="latency"` keeps its word: asked for 40 % less, measured dense against pruned.
 
-    python benchmarks/latency_target.py [model ...] [--pixels 64] [--batches 1 64] [--ratio 0.4] [--out latency_target.json]
+    python benchmarks/latency_target.py [model ...] [--pixels 64] [--batches 1 64] [--ratio 0.4] [--out FILE]
 
 Each network is pruned for its own batch size, from a table of timings that starts empty. Then dense and pruned take
 turns, many rounds, one thread; the figure is 1 - pruned / dense of the medians, in wall time and in seconds of the

@@ -57,6 +57,7 @@ def grid(dense: int) -> tuple[int, ...]:
     return tuple(sorted(points))
 
 
+@cache
 def between(width: int, dense: int) -> Between:
     """Return the grid points around a width.
 

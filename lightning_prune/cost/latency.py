@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -26,6 +27,12 @@ from lightning_prune.trace import Setting, run
 from lightning_prune.types import PruningPlan
 
 log = logging.getLogger(__name__)
+
+Point: TypeAlias = tuple[float, Mapping[Width, int]]
+"""Widths of a step at which its operation is timed, and their share in its price."""
+
+Place: TypeAlias = tuple[int, tuple[int, ...]]
+"""A step, and its widths."""
 
 
 class LatencyPrice:
@@ -79,7 +86,8 @@ class LatencyPrice:
         self._replays = {
             id(step): Replay(step, twin, origins, graph.roots) for step, twin in zip(self._steps, twins, strict=True)
         }
-        self._prices: dict[tuple[int, tuple[int, ...]], float] = {}
+        self._prices: dict[Place, float] = {}
+        self._times: dict[Place, float] = {}
         self._impossible: set[str] = set()
         self._named: set[str] = set()
 
@@ -106,15 +114,25 @@ class LatencyPrice:
         sizes = replay.sizes(shape_of)
         place = (id(step), tuple(now for _, now in sizes.values()))
         if place not in self._prices:
-            parts = list(self._parts(replay, sizes))
-            self.measure([operation for _, operation in parts])
-            self._prices[place] = sum(share * self.time(operation) for share, operation in parts)
+            known = self._known(replay, self._points(replay, sizes))
+            self._prices[place] = sum(share * self._times[point] for share, point in known)
         return self._prices[place]
+
+    def _known(self, replay: Replay, points: Sequence[Point]) -> Iterator[tuple[float, Place]]:
+        """Yield shares and places of which the times are known; operations are looked at once."""
+        places = [(share, (id(replay), tuple(point.values())), point) for share, point in points]
+        unknown = {place: replay.at(point) for _, place, point in places if place not in self._times}
+        self.measure(list(unknown.values()))
+        self._times.update({place: self.time(operation) for place, operation in unknown.items()})
+        yield from ((share, place) for share, place, _ in places)
 
     def prepare(self, shape_of: ShapeOf) -> None:
         """Time all that is missing for the price of all steps, in turns."""
-        parts = [part for replay in self.replays for part in self._parts(replay, replay.sizes(shape_of))]
-        self.measure([operation for _, operation in parts])
+        points: list[Operation] = []
+        for replay in self.replays:
+            found = self._points(replay, replay.sizes(shape_of))
+            points += [replay.at(point) for _, point in found]
+        self.measure(points)
 
     def measure(self, operations: Sequence[Operation]) -> None:
         """Time those of some operations that have no time yet, and save the table."""
@@ -134,15 +152,14 @@ class LatencyPrice:
         """Return the milliseconds of an operation that has been measured; 0 if that was not possible."""
         return self.table.timings.get(operation.key, 0.0)
 
-    def _parts(self, replay: Replay, sizes: Mapping[Width, tuple[int, int]]) -> Iterator[tuple[float, Operation]]:
-        """Yield the operations that a step's time is interpolated from, with their shares."""
+    def _points(self, replay: Replay, sizes: Mapping[Width, tuple[int, int]]) -> list[Point]:
+        """Return the widths that a step's time is interpolated from, with their shares."""
         if replay.by_value:
             self._name(replay.name)
-        elif replay.tied:
-            yield 1.0, replay.at({width: now for width, (_, now) in sizes.items()})
-        elif not replay.free:
-            for share, corner in corners(sizes):
-                yield share, replay.at(corner)
+            return []
+        if replay.tied:
+            return [(1.0, {width: now for width, (_, now) in sizes.items()})]
+        return [] if replay.free else list(corners(sizes))
 
     def _is_missing(self, operation: Operation) -> bool:
         return operation.key not in self.table.timings and operation.key not in self._impossible

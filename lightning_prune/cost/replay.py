@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -98,7 +99,7 @@ class Replay:
         tensors = self._read or self._made
         return {width: (dense, now) for one in tensors for width, dense, now in one.sizes(shape_of)}
 
-    @property
+    @cached_property
     def tied(self) -> bool:
         """Whether its widths hang together in a way that forbids to change one alone: those of convolution groups."""
         groups = self._argument("groups", 1)
