@@ -101,7 +101,7 @@ class FineTuning(pl.LightningModule):
 
 
 class Curve(pl.Callback):
-    """Notes accuracy and what is left of the MACs before each cut and in the end; stands before the pruning callback."""
+    """Notes accuracy and the MACs that are left, before each cut and in the end; stands before the pruning callback."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images, labels
