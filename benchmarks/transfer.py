@@ -162,12 +162,12 @@ def drawn(
     colours = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (127, 127, 127))
     image = Image.new("RGB", (wide, high), "white")
     draw = ImageDraw.Draw(image)
-    left, right, top, bottom, low = 60, wide - 160, 20, high - 45, 0.3
+    left, right, top, bottom, low = 60, wide - 160, 20, high - 45, 0.6
 
     def place(macs: float, accuracy: float) -> tuple[float, float]:
         return left + (right - left) * (log10(macs) + 1.6) / 1.6, bottom - (bottom - top) * (accuracy - low) / (1 - low)
 
-    for percent in range(30, 101, 10):
+    for percent in range(60, 101, 10):
         y = place(1, percent / 100)[1]
         draw.line((left, y, right, y), fill=(225, 225, 225))
         draw.text((left - 38, y - 6), f"{percent} %", fill=(60, 60, 60))

@@ -49,7 +49,8 @@ class FisherPruneCallback(MaskPruneCallback):
         channels_per_event: So many channels go at each event, until the ratio is reached; the paper takes 1 every 10
             steps: `channels_per_event=1, every_n_steps=10`. None: as many as the schedule says.
         reduction: How the loss joins the examples of a batch, "mean" or "sum".
-        window: Only so many optimizer steps before each event are looked at; None: all.
+        window: Only so many optimizer steps before each event are looked at; None: all, as where events are counted in
+            epochs of a length that nobody knows.
         allocation: `Global()` if None: scores of different groups are in one unit, that of the loss. `ByCost()` weighs
             them against what the channels cost.
         batches: Batches over which the information of weights is estimated, 1 or more.

@@ -88,7 +88,7 @@ class Timing:
         return trainer.current_epoch if self.every_n_steps is None else trainer.global_step
 
     def steps_before(self, moment: int, trainer: pl.Trainer, batch_idx: int) -> int:
-        """Return the optimizer steps from the batch that begins to a later epoch or step.
+        """Return the optimizer steps from the batch that begins to a later epoch or step; 0 where nobody knows.
 
         Args:
             moment: The epoch or step.
@@ -97,6 +97,8 @@ class Timing:
         """
         if self.unit == "step":
             return moment - trainer.global_step
+        if not isfinite(trainer.num_training_batches):
+            return 0
         epochs = range(trainer.current_epoch, moment)
         return sum(_steps_of(trainer, epoch) for epoch in epochs) - batch_idx // window_of(trainer, epochs.start)
 
