@@ -79,6 +79,11 @@ class Reach:
         widths = {name: self._cost.widths[name] - len(indices) for name, indices in plan.removed.items()}
         return 1 - self._cost.at(widths) / self._dense if self._dense else 0.0
 
+    @property
+    def left(self) -> float:
+        """What is left of the dense model before any plan, in memory or latency: a fraction, in (0, 1]."""
+        return min(self._cost.total / self._dense, 1.0) if self._dense else 1.0
+
     @cached_property
     def _cost(self) -> PlannedCost:
         return self._costs.of(self._unit)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_prune import history
 from lightning_prune.absorption import absorb
+from lightning_prune.aiming import LatencyAim
 from lightning_prune.allocation import Allocation, Limits, RoundTo, Uniform, allocate
 from lightning_prune.baseline import RECORDED, Baseline, Reach
 from lightning_prune.cost import Costs, count_params, per_example
@@ -117,7 +118,7 @@ def prune(
         pruning_ratio: Fraction to be gone afterwards, counted against the dense model also when called again.
         of: What it is a fraction of: "channels" (of all that can be pruned), "params" or "macs" (of the model),
             "memory" (of the activations of a forward pass, none of them freed) or "latency" (of a forward pass in eval
-            mode, as it is predicted for this machine).
+            mode on the example inputs, measured on this machine).
         criterion: How channels are scored; `Magnitude()` if None.
         allocation: How the ratio is shared out over the groups; `Uniform()` if None.
         ignore: Patterns of module names that are not to be touched.
@@ -233,9 +234,13 @@ def _draft(model: nn.Module, example_inputs: ExampleInputs, request: Request) ->
     if request.limits.round_to == "auto":
         request = replace(request, limits=request.limits.knowing(costs.liked_multiple()))
     reach, lessons = Reach(model, graph, baseline, request.of, costs), Lessons()
+    aim = LatencyAim(model, graph.inputs, request.pruning_ratio, reach.left) if request.of == "latency" else None
     while True:
-        plan = _plan(scores, request, baseline, lessons, reach)
+        wanted = request if aim is None else replace(request, pruning_ratio=aim.target)
+        plan = _plan(scores, wanted, baseline, lessons, reach)
         trial = verify(model, graph, plan, prepare(model, graph, plan), lessons.mended)
+        if not trial.refused and aim is not None and not aim.is_met(trial.cut, reach(plan)):
+            continue
         if not trial.refused:
             absorbing = graph if request.constants == "absorb" else None
             offsets = Offsets() if absorbing is None else absorb(model, absorbing, plan)
@@ -246,7 +251,7 @@ def _draft(model: nn.Module, example_inputs: ExampleInputs, request: Request) ->
             )
             record = _record(model, graph, plan, replace(trial, cut=cut), request, baseline, lessons.refused)
             if request.of not in RECORDED:
-                record = replace(record, reached=reach(plan))
+                record = replace(record, reached=reach(plan) if aim is None else aim.reached)
             return Draft(cut, record, offsets, plan, absorbing)
         lessons.learn(trial, plan, scores, kinds_of(model, graph.groups))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from math import inf, nan
 from typing import Any
@@ -13,16 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_prune import history_of, load_pruned, prune, save_pruned
+from lightning_prune import aiming, history_of, load_pruned, prune, save_pruned
 from lightning_prune.allocation import Allocation, ByCost, Global, Limits, allocate
 from lightning_prune.cost import Costs, costs, planned_macs
 from lightning_prune.cost.price import ShapeOf, memory
 from lightning_prune.criteria import BNScale, Criterion, Magnitude, Random
+from lightning_prune.cut import Cut
 from lightning_prune.graph import read
+from lightning_prune.inputs import Inputs
+from lightning_prune.pruner import Request, draft_cut
 from lightning_prune.steps import Step
 from lightning_prune.types import PruneRecord, PruningPlan, Unit
 
 INPUT = torch.zeros(1, 6)
+TIME_LEFT = aiming.time_left
 
 
 def build(*sizes: int) -> nn.Sequential:
@@ -320,6 +324,18 @@ class TestMemory:
         assert "min_channels=8" in record.held_back["0"]
 
 
+def clock(slope: float) -> Callable[[nn.Module, Cut, Inputs], float]:
+    """A clock by which a layer takes 1 ms and so much more for each of the channels that it makes."""
+
+    def time_left(model: nn.Module, cut: Cut, inputs: Inputs) -> float:
+        weights = {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
+        made = {name: layer.out_channels for name, layer in weights.items()}
+        left = {name: len(cut.kept.get(name, {}).get(0, range(count))) for name, count in made.items()}
+        return (2 + slope * sum(left.values())) / (2 + slope * sum(made.values()))
+
+    return time_left
+
+
 class TestLatency:
     @pytest.fixture(autouse=True)
     def _slow_layers(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,8 +345,9 @@ class TestLatency:
             return 1 + 0.01 * shape_of(*step.outputs[0])[1] if step.name == "aten.convolution.default" else 0.0
 
         monkeypatch.setattr(costs, "LatencyPrice", lambda graph, model: price)
+        monkeypatch.setattr(aiming, "time_left", clock(0.01))
 
-    def test_what_is_reached_is_what_is_predicted(self) -> None:
+    def test_what_is_reached_is_what_is_measured(self) -> None:
         record = prune(convolutions(), IMAGES, pruning_ratio=0.1, of="latency")
         first, second = widths(record)
         assert record.reached == pytest.approx(1 - (2 + 0.01 * (first + second)) / 2.32)
@@ -346,6 +363,37 @@ class TestLatency:
         record = prune(convolutions(), IMAGES, pruning_ratio=0.5, of="latency")
         assert widths(record) == [1, 1]
         assert record.reached == pytest.approx(1 - 2.02 / 2.32)
+
+    @pytest.mark.parametrize("slope", [0.005, 0.03, 0.2])
+    def test_what_is_asked_is_measured(self, slope: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The prediction is wrong by far; the network that is left is put on the clock."""
+        monkeypatch.setattr(aiming, "time_left", clock(slope))
+        asked = 0.5 * (1 - 2 / (2 + slope * 32))
+        net = convolutions()
+        before = {name: value.clone() for name, value in net.state_dict().items()}
+        draft = draft_cut(net, IMAGES, Request(asked, of="latency"))
+        assert draft.record.reached == pytest.approx(asked, abs=0.03)
+        assert 1 - (2 + slope * sum(widths(draft.record))) / (2 + slope * 32) == pytest.approx(draft.record.reached)
+        assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+    def test_what_cannot_be_timed_is_predicted(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def broken(model: nn.Module, cut: Cut, inputs: Inputs) -> float:
+            raise RuntimeError("no clock")
+
+        monkeypatch.setattr(aiming, "time_left", broken)
+        record = prune(convolutions(), IMAGES, pruning_ratio=0.1, of="latency")
+        assert record.reached == pytest.approx(1 - (2 + 0.01 * sum(widths(record))) / 2.32)
+        assert "cannot be timed (no clock)" in caplog.text
+
+    def test_the_clock_is_that_of_the_network_after_the_cut(self) -> None:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(64, 1500), nn.ReLU(), nn.Linear(1500, 64)).train()
+        cut = draft_cut(net, torch.zeros(256, 64), Request(0.9)).cut
+        assert TIME_LEFT(net, cut, Inputs((torch.zeros(256, 64),))) < 0.6
+        assert net.training
+        assert net[0].out_features == 1500
 
     def test_allocation_by_latency(self) -> None:
         record = prune(convolutions(), IMAGES, pruning_ratio=0.05, of="latency", allocation=ByCost(of="latency"))
