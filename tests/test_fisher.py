@@ -129,8 +129,8 @@ def test_masks_in_a_fit_are_those_of_the_information(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"granularity": "weights", "of": "macs"}, "are about channels; got 'macs'"),
-        ({"granularity": "weights", "channels_per_event": 1}, "are about channels"),
+        ({"granularity": "weights", "of": "macs"}, "`of` is about channels; got 'macs'"),
+        ({"granularity": "weights", "channels_per_event": 1}, "`channels_per_event` is about channels; got 1"),
         ({"granularity": "weights", "batches": 0}, "`batches` is what the information"),
         ({"granularity": "weights", "allocation": ByCost()}, "does not share out weights"),
         ({"allocation": StdThreshold(1.0)}, "does not share out channels"),

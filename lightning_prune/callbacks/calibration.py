@@ -7,13 +7,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 from lightning_prune.calibration import recalibrate, tracking_norms
+from lightning_prune.callbacks.ranks import average_over_ranks
 
 
 def training_data(
@@ -46,7 +46,9 @@ def recalibrate_in_fit(trainer: pl.Trainer, networks: list[nn.Module], batches: 
     for network in networks:
         with isolate_rng(), trainer.precision_plugin.forward_context():
             recalibrate(network, training_batches(trainer), batches)
-        _average_over_ranks(trainer, network)
+        norms = tracking_norms(network)
+        buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None]
+        average_over_ranks(trainer, buffers)
 
 
 def training_batches(trainer: pl.Trainer) -> Iterator[Any]:
@@ -63,12 +65,3 @@ def training_batches(trainer: pl.Trainer) -> Iterator[Any]:
     )
     for batch in twin:
         yield trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
-
-
-def _average_over_ranks(trainer: pl.Trainer, network: nn.Module) -> None:
-    if trainer.world_size > 1:
-        for norm in tracking_norms(network):
-            for buffer in (norm.running_mean, norm.running_var):
-                assert buffer is not None
-                torch.distributed.all_reduce(buffer)
-                buffer /= trainer.world_size

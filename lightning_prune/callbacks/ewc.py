@@ -8,7 +8,6 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info
@@ -18,6 +17,7 @@ from typing_extensions import override
 
 from lightning_prune.callbacks.base import unwrapped
 from lightning_prune.callbacks.calibration import training_batches, training_data
+from lightning_prune.callbacks.ranks import average_over_ranks
 from lightning_prune.consolidation import Consolidation, Named
 from lightning_prune.cut import Cut, Offsets
 from lightning_prune.errors import PruningError
@@ -198,7 +198,8 @@ class EWCCallback(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.consolidate_on == "fit_end":
             information = self._estimated(pl_module, training_batches(trainer), self.batches)
-            self._take(pl_module, _averaged_over_ranks(trainer, information))
+            average_over_ranks(trainer, information.values())
+            self._take(pl_module, information)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -262,11 +263,3 @@ def _ready(batches: Iterable[Any], model: nn.Module, trainer: pl.Trainer | None)
             yield model._apply_batch_transfer_handler(converted, device)
         else:
             yield move_data_to_device(converted, device)
-
-
-def _averaged_over_ranks(trainer: pl.Trainer, information: dict[str, Tensor]) -> dict[str, Tensor]:
-    if trainer.world_size > 1:
-        for each in information.values():
-            torch.distributed.all_reduce(each)
-            each /= trainer.world_size
-    return information

@@ -8,8 +8,6 @@ from math import isfinite
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-import torch.distributed
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -20,7 +18,8 @@ from lightning_prune.allocation import Allocation, Global, RoundTo, WeightAlloca
 from lightning_prune.baseline import Baseline
 from lightning_prune.callbacks.calibration import training_batches, training_data
 from lightning_prune.callbacks.gathering import Gathering
-from lightning_prune.callbacks.masking import MaskPruneCallback
+from lightning_prune.callbacks.masking import MaskPruneCallback, what_goes
+from lightning_prune.callbacks.ranks import average_over_ranks
 from lightning_prune.callbacks.retraining import Retraining
 from lightning_prune.callbacks.timing import Timing
 from lightning_prune.criteria import Fisher, score_groups
@@ -28,7 +27,6 @@ from lightning_prune.criteria.gathered import Reduction
 from lightning_prune.information import fisher_information
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.masks.granularity import Granularity
-from lightning_prune.masks.granularity import granularity as read_granularity
 from lightning_prune.pruner import Request, reading
 from lightning_prune.schedules import Schedule, cubic
 from lightning_prune.types import Constants, Heads, PruneRecord, Trunks, Unit
@@ -94,16 +92,16 @@ class FisherPruneCallback(MaskPruneCallback):
         trunks: Trunks = "whole",
         recalibrate: int = 0,
     ) -> None:
-        unit = None if granularity == "channels" else read_granularity(granularity)
-        _check(unit, allocation, of, channels_per_event, retraining, batches)
+        unit, of_channels, of_weights = what_goes(granularity, allocation, of, retraining)
+        _check(unit, of, channels_per_event, batches)
         super().__init__(
             pruning_ratio,
             granularity=unit,
-            weight_allocation=allocation if isinstance(allocation, WeightAllocation) else Global(),
+            weight_allocation=of_weights or Global(),
             retraining=retraining,
             of=of,
             criterion=Fisher(reduction) if unit is None else None,
-            allocation=allocation if isinstance(allocation, Allocation) else Global(),
+            allocation=of_channels or Global(),
             schedule=schedule,
             begin=begin,
             end=end,
@@ -173,9 +171,7 @@ class FisherPruneCallback(MaskPruneCallback):
     def _information(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Mapping[str, Tensor] | None:
         with isolate_rng(), trainer.precision_plugin.forward_context():
             found = fisher_information(pl_module, training_batches(trainer), most=self.batches)
-        if trainer.world_size > 1:
-            for values in found.values():
-                torch.distributed.all_reduce(values)
+        average_over_ranks(trainer, found.values())
         return found
 
     @override
@@ -206,28 +202,13 @@ class FisherPruneCallback(MaskPruneCallback):
         self._is_reached = state_dict["is_reached"]
 
 
-def _check(
-    unit: Granularity | None,
-    allocation: Allocation | WeightAllocation | None,
-    of: Unit,
-    channels_per_event: int | None,
-    retraining: Retraining | None,
-    batches: int,
-) -> None:
+def _check(unit: Granularity | None, of: Unit, channels_per_event: int | None, batches: int) -> None:
     """See that the arguments go together."""
     if batches < 1:
         raise ValueError(f"`batches` is what the information of weights is estimated over, 1 or more; got {batches}.")
-    if unit is None and retraining is not None:
-        raise ValueError(f'`retraining` is about weights; got {retraining} with granularity="channels".')
-    if unit is not None and (of != "channels" or channels_per_event is not None):
+    if unit is not None and channels_per_event is not None:
         raise ValueError(
-            f"`of` and `channels_per_event` are about channels; got {of!r} and {channels_per_event} with granularity "
-            f"{unit!r}. Leave them out."
-        )
-    if not isinstance(allocation, (type(None), Allocation if unit is None else WeightAllocation)):
-        raise ValueError(
-            f"`allocation` {allocation!r} does not share out {'channels' if unit is None else 'weights'}. Uniform() "
-            "and Global() share out both."
+            f"`channels_per_event` is about channels; got {channels_per_event} with granularity {unit!r}. Leave it out."
         )
     if channels_per_event is not None and channels_per_event < 1:
         raise ValueError(f"`channels_per_event` is 1 or more, or None; got {channels_per_event}.")

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 from lightning_prune.allocation import Allocation, RoundTo, WeightAllocation
-from lightning_prune.callbacks.masking import MaskPruneCallback
+from lightning_prune.callbacks.masking import MaskPruneCallback, what_goes
 from lightning_prune.callbacks.retraining import Retraining
 from lightning_prune.criteria import Magnitude
 from lightning_prune.masks.granularity import Granularity
-from lightning_prune.masks.granularity import granularity as read_granularity
 from lightning_prune.schedules import Schedule, cubic
 from lightning_prune.types import Constants, Heads, Trunks, Unit
 
@@ -66,18 +65,7 @@ class MagnitudePruneCallback(MaskPruneCallback):
         trunks: Trunks = "whole",
         recalibrate: int = 0,
     ) -> None:
-        unit = None if granularity == "channels" else read_granularity(granularity)
-        of_channels = allocation if isinstance(allocation, Allocation) else None
-        of_weights = allocation if isinstance(allocation, WeightAllocation) else None
-        if unit is None and retraining is not None:
-            raise ValueError(f'`retraining` is about weights; got {retraining} with granularity="channels".')
-        if allocation is not None and (of_channels if unit is None else of_weights) is None:
-            raise ValueError(
-                f"`allocation` {allocation!r} does not share out {'channels' if unit is None else 'weights'}, and "
-                f"`granularity` is {granularity!r}. Uniform() and Global() share out both."
-            )
-        if unit is not None and of != "channels":
-            raise ValueError(f"`of` is about channels; got {of!r} with granularity={granularity!r}. Leave it out.")
+        unit, of_channels, of_weights = what_goes(granularity, allocation, of, retraining)
         super().__init__(
             pruning_ratio,
             granularity=unit,

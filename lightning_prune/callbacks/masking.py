@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from typing_extensions import Self, override
 
 from lightning_prune import dropout, history
-from lightning_prune.allocation import DenseLayer, WeightAllocation, Zeros
+from lightning_prune.allocation import Allocation, DenseLayer, WeightAllocation, Zeros
 from lightning_prune.callbacks.averages import averaged_copies
 from lightning_prune.callbacks.base import PruneCallback, shows_tables, unwrapped
 from lightning_prune.callbacks.ranks import agreed
@@ -39,13 +39,14 @@ from lightning_prune.cut import cut_tensor
 from lightning_prune.errors import NothingToPruneError
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.masks.granularity import Granularity
+from lightning_prune.masks.granularity import granularity as read_granularity
 from lightning_prune.masks.held import Masks, apply, check_zeros, hold, masks_of, packed_bits
 from lightning_prune.masks.magnitude import magnitude_masks
 from lightning_prune.masks.maskable import dense_layers, maskable
 from lightning_prune.pruner import Draft, draft_cut
 from lightning_prune.report import mask_table
 from lightning_prune.tensors import named_parameters
-from lightning_prune.types import PruneRecord
+from lightning_prune.types import PruneRecord, Unit
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +73,32 @@ class MaskProposal:
         for mask in self.masks.values():
             whole.update(packed_bits(mask).numpy().tobytes())
         return whole.hexdigest()
+
+
+def what_goes(
+    granularity: str | Granularity,
+    allocation: Allocation | WeightAllocation | None,
+    of: Unit,
+    retraining: Retraining | None,
+) -> tuple[Granularity | None, Allocation | None, WeightAllocation | None]:
+    """Tell what a preset prunes, None for channels, and part its allocation into that of channels and of weights.
+
+    Raises:
+        ValueError: An argument does not go with the granularity.
+    """
+    unit = None if granularity == "channels" else read_granularity(granularity)
+    of_channels = allocation if isinstance(allocation, Allocation) else None
+    of_weights = allocation if isinstance(allocation, WeightAllocation) else None
+    if unit is None and retraining is not None:
+        raise ValueError(f'`retraining` is about weights; got {retraining} with granularity="channels".')
+    if allocation is not None and (of_channels if unit is None else of_weights) is None:
+        raise ValueError(
+            f"`allocation` {allocation!r} does not share out {'channels' if unit is None else 'weights'}, and "
+            f"`granularity` is {granularity!r}. Uniform() and Global() share out both."
+        )
+    if unit is not None and of != "channels":
+        raise ValueError(f"`of` is about channels; got {of!r} with granularity={granularity!r}. Leave it out.")
+    return unit, of_channels, of_weights
 
 
 class MaskPruneCallback(PruneCallback):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -12,7 +12,7 @@ import torch.distributed
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Self
 
@@ -49,6 +49,14 @@ def check_strategy(trainer: pl.Trainer, pl_module: pl.LightningModule, who: str)
             f"{who}: with manual optimization and static_graph=True the ranks drift apart after a cut. Leave "
             "`static_graph` out."
         )
+
+
+def average_over_ranks(trainer: pl.Trainer, tensors: Iterable[Tensor]) -> None:
+    """Let each tensor be the mean of those of all ranks, in place."""
+    if trainer.world_size > 1:
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)
+            tensor /= trainer.world_size
 
 
 class Proposal(Protocol):
