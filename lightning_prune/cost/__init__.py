@@ -1,8 +1,9 @@
 """What models and plans cost."""
 
 from lightning_prune.cost.clock import batch_of, measure_latency
-from lightning_prune.cost.costs import COUNTED, Costs
+from lightning_prune.cost.costs import COUNTED, EXPECTED, Costs
 from lightning_prune.cost.counting import count_macs, count_params, per_example, planned_macs
+from lightning_prune.cost.expected import ExpectedCost
 from lightning_prune.cost.latency import LatencyPrice, predicted_latency
 from lightning_prune.cost.planned import PlannedCost
 from lightning_prune.cost.preferred import preferred_multiple
@@ -12,8 +13,10 @@ from lightning_prune.cost.timings import LatencyTable, Machine
 
 __all__ = [
     "COUNTED",
+    "EXPECTED",
     "Bench",
     "Costs",
+    "ExpectedCost",
     "LatencyPrice",
     "LatencyTable",
     "Machine",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from math import prod
 
 from torch import nn
 
+from lightning_prune.cost.expected import ExpectedCost
 from lightning_prune.cost.latency import LatencyPrice
 from lightning_prune.cost.planned import PlannedCost, Share
 from lightning_prune.cost.preferred import preferred_multiple
 from lightning_prune.cost.price import Price, ShapeOf, macs, memory
+from lightning_prune.fate import channel_roots
 from lightning_prune.graph import Graph
 from lightning_prune.labels import Labels
 from lightning_prune.tensors import named_parameters
@@ -19,6 +21,9 @@ from lightning_prune.types import Unit
 
 COUNTED: tuple[Unit, ...] = ("params", "macs", "memory", "latency")
 """The units of what channels cost."""
+
+EXPECTED: tuple[Unit, ...] = ("channels", "params", "macs", "memory")
+"""The units that have an expected cost."""
 
 
 class Costs:
@@ -43,20 +48,48 @@ class Costs:
         Raises:
             ValueError: The unit is another one.
         """
-        if unit == "params":
-            return PlannedCost(self.graph, self._tensors())
         if unit not in COUNTED:
             raise ValueError(
                 f"`unit` is what is counted, one of {', '.join(map(repr, COUNTED))}; got {unit!r}. Take the sum of the "
                 "widths for channels."
             )
-        price: Price = self._latency if unit == "latency" else {"macs": macs, "memory": memory}[unit]
-        steps = next(iter(self.graph.runs.values())).steps
-        return PlannedCost(self.graph, (partial(price, step) for step in steps))
+        return PlannedCost(self.graph, self._shares(unit))
+
+    def expected(self, unit: Unit, groups: Sequence[str]) -> ExpectedCost:
+        """Return what the model costs on average when each channel of some groups is there by chance.
+
+        Args:
+            unit: "channels" of all groups that are not frozen, or "params", "macs" or "memory" as in `of`.
+            groups: Names of the groups whose channels can be missing; others keep the width that they have.
+
+        Raises:
+            ValueError: The unit is another one, or a name is no group's whose channels can go.
+        """
+        if unit not in EXPECTED:
+            raise ValueError(
+                f"`unit` is what is counted on average, one of {', '.join(map(repr, EXPECTED))}; got {unit!r}. Latency "
+                'is no polynomial in the widths: take "macs" or "memory" for it.'
+            )
+        return ExpectedCost(self.graph, self._shares(unit), groups)
 
     def liked_multiple(self) -> int:
         """Return the multiple that widths are worth being rounded to on this machine (see `preferred_multiple`)."""
         return preferred_multiple(self._latency)
+
+    def _shares(self, unit: Unit) -> Iterable[Share]:
+        """Return what says the cost of each part of the model."""
+        if unit == "params":
+            return self._tensors()
+        if unit == "channels":
+            return self._widths()
+        price: Price = self._latency if unit == "latency" else {"macs": macs, "memory": memory}[unit]
+        return (partial(price, step) for step in next(iter(self.graph.runs.values())).steps)
+
+    def _widths(self) -> Iterator[Share]:
+        """Yield what says the width of each group that is not frozen."""
+        for group in self.graph.groups:
+            if not group.frozen:
+                yield partial(_elements, (group.size,), (channel_roots(self.graph, group),))
 
     def _tensors(self) -> Iterator[Share]:
         """Yield what says the size of each parameter."""

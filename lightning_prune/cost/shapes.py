@@ -14,7 +14,7 @@ from lightning_prune.labels import LabelArray, Labels
 
 
 @dataclass(slots=True)
-class _Dimension:
+class Dimension:
     """Dimensions whose size depends on the widths in the same way.
 
     Attributes:
@@ -46,9 +46,9 @@ class Shapes:
         for number, group in enumerate(graph.groups):
             owner[channel_roots(graph, group)] = number
         self._owner = owner[graph.roots]
-        self._known: dict[int, _Dimension] = {}
-        self._alike: dict[tuple[int, tuple[tuple[str, int], ...]], _Dimension] = {}
-        self._holding: dict[str, list[_Dimension]] = {name: [] for name in self.widths}
+        self._known: dict[int, Dimension] = {}
+        self._alike: dict[tuple[int, tuple[tuple[str, int], ...]], Dimension] = {}
+        self._holding: dict[str, list[Dimension]] = {name: [] for name in self.widths}
         self._seen: list[LabelArray] = []  # keeps them, so that no other array can get the id of one
 
     def shape_of(self, shape: tuple[int, ...], labels: Labels) -> tuple[int, ...]:
@@ -61,7 +61,7 @@ class Shapes:
         known = self._known
         return tuple(
             [
-                size if part is None or part.size != size else (known.get(id(part)) or self._look_up(part)).size
+                size if part is None or part.size != size else (known.get(id(part)) or self.dimension(part)).size
                 for size, part in zip(shape, labels, strict=True)
             ]
         )
@@ -72,7 +72,7 @@ class Shapes:
         def shape_of(shape: tuple[int, ...], labels: Labels) -> tuple[int, ...]:
             for size, part in zip(shape, labels, strict=True):
                 if part is not None and part.size == size:
-                    groups.update(self._look_up(part).positions)
+                    groups.update(self.dimension(part).positions)
             return self.shape_of(shape, labels)
 
         return shape_of
@@ -83,7 +83,7 @@ class Shapes:
         for dimension in self._holding[group]:
             dimension.size += by * dimension.positions[group]
 
-    def _look_up(self, part: LabelArray) -> _Dimension:
+    def dimension(self, part: LabelArray) -> Dimension:
         """Return how the size of a dimension depends on the widths."""
         if id(part) in self._known:
             return self._known[id(part)]
@@ -95,12 +95,12 @@ class Shapes:
         self._seen.append(part)
         return self._known[id(part)]
 
-    def _dimension(self, fixed: int, positions: Mapping[str, int]) -> _Dimension:
+    def _dimension(self, fixed: int, positions: Mapping[str, int]) -> Dimension:
         """Return the one dimension of this kind."""
         form = (fixed, tuple(positions.items()))
         if form not in self._alike:
             size = fixed + sum(count * self.widths[name] for name, count in positions.items())
-            self._alike[form] = _Dimension(size, positions)
+            self._alike[form] = Dimension(size, positions)
             for name in positions:
                 self._holding[name].append(self._alike[form])
         return self._alike[form]
