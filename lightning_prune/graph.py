@@ -19,6 +19,7 @@ from lightning_prune.errors import TraceError
 from lightning_prune.flow import Flow
 from lightning_prune.inputs import ExampleInputs, Inputs, bind
 from lightning_prune.labels import LabelArray, Labels, LabelSpace
+from lightning_prune.layers.gates import ungated
 from lightning_prune.rectangles import check_heads, settle
 from lightning_prune.steps import Run
 from lightning_prune.tensors import named_modules, named_tensors, tensors_of, unwrapped
@@ -95,10 +96,14 @@ def find_groups(
 
 
 def read(model: nn.Module, example_inputs: ExampleInputs, ignore: Sequence[str] = (), heads: Heads = "whole") -> Graph:
-    """Find the channel groups and keep what is needed to verify a cut; see `find_groups`."""
+    """Find the channel groups and keep what is needed to verify a cut; see `find_groups`. Gates are not read."""
     check_model(model)
-    model = unwrapped(model)
     check_heads(heads)
+    with ungated(model):
+        return _read(unwrapped(model), example_inputs, ignore, heads)
+
+
+def _read(model: nn.Module, example_inputs: ExampleInputs, ignore: Sequence[str], heads: Heads) -> Graph:
     ignored = ignored_tensors(model, ignore)
     inputs = bind(model, example_inputs)
     tensors = named_tensors(model)
@@ -115,7 +120,7 @@ def read(model: nn.Module, example_inputs: ExampleInputs, ignore: Sequence[str] 
         warnings.warn(
             f"No handler for {', '.join(sorted(flow.unknown))}: the channels that enter there are frozen. "
             "Write one (CONTRIBUTING.md, 'Add an op handler'), or ignore this if those layers may stay as they are.",
-            stacklevel=3,
+            stacklevel=4,
         )
     return Graph(ChannelGroups(_groups(flow, index)), inputs, index.labels, flow.space.roots(), runs)
 

@@ -20,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from lightning_prune import masks
 from lightning_prune.cut import Cut, Offsets
 from lightning_prune.errors import HistoryError, PruningError
+from lightning_prune.layers import gates
 from lightning_prune.records import from_plain, to_plain
 from lightning_prune.selection import selected
 from lightning_prune.sizes import stale_sizes
@@ -50,6 +51,7 @@ def commit(model: nn.Module, cut: Cut, record: PruneRecord, offsets: Offsets | N
         witness.before_cut(model)
     with together() as steps:
         steps.append(_cut_and_record(model, cut, record, offsets))
+        steps.append(gates.settle(model))
         for witness in watching:
             steps.append(witness.after_cut(model, cut, offsets))
     return undo_all(steps)
@@ -103,6 +105,27 @@ def reach(model: nn.Module, records: Sequence[PruneRecord]) -> Undo:
             _fit(model, record)
             steps.append(_cut_and_record(model, _cut(record), record))
             _check_sizes(model, record)
+    return undo_all(steps)
+
+
+def reach_gated(model: nn.Module, records: Sequence[PruneRecord], packed: object) -> Undo:
+    """Bring a model to the shapes of a history, and to the gates that were written down with it.
+
+    Args:
+        model: The model; gates that it has are taken off.
+        records: The history.
+        packed: What `layers.gates.pack` has made; {} is no gates.
+
+    Returns:
+        What takes it all back.
+
+    Raises:
+        HistoryError: The model has other layers; it is unchanged.
+    """
+    with together() as steps:
+        steps.append(gates.exchange(model, None))
+        steps.append(reach(model, records))
+        steps.append(gates.exchange(model, gates.unpack(packed, model)))
     return undo_all(steps)
 
 
@@ -189,7 +212,7 @@ def _check_sizes(model: nn.Module, record: PruneRecord) -> None:
 
 
 def save_pruned(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write weights, history and masks of a model; the file appears whole or not at all.
+    """Write weights, history, masks and gates of a model; the file appears whole or not at all.
 
     Args:
         model: The pruned model.
@@ -199,7 +222,8 @@ def save_pruned(model: nn.Module, path: str | os.PathLike[str]) -> None:
     unfinished = target.with_name(f"{target.name}.unfinished")
     try:
         content = {"state_dict": unwrapped(model).state_dict(), KEY: to_plain(history_of(model))}
-        torch.save({**content, masks.KEY: masks.pack(masks.masks_of(model))}, unfinished)
+        held = {masks.KEY: masks.pack(masks.masks_of(model)), gates.KEY: gates.pack(gates.gates_of(model))}
+        torch.save({**content, **held}, unfinished)
         unfinished.replace(target)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -234,7 +258,7 @@ def load_pruned(model: Model | type[Model], path: str | os.PathLike[str], **argu
     if getattr(state, "_metadata", {}).get("", {}).get(KEY, plain) != plain:
         raise HistoryError(f"{path} holds two histories that differ; the checkpoint is damaged.")
     built = _built(model, hyper, arguments) if isinstance(model, type) else model
-    undo = reach(built, records)
+    undo = reach_gated(built, records, checkpoint.get(gates.KEY, {}))
     try:
         check_weights(unwrapped(built), state)
         held = masks.unpack(checkpoint.get(masks.KEY, {}), built)

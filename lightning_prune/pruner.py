@@ -21,6 +21,7 @@ from lightning_prune.cut import Cut, Offsets, cut_shapes, prepare
 from lightning_prune.errors import NothingToPruneError
 from lightning_prune.graph import Graph, check_model, ignored_tensors, read
 from lightning_prune.inputs import ExampleInputs
+from lightning_prune.layers.gates import gates_of, ungated
 from lightning_prune.lessons import Lessons, kinds_of
 from lightning_prune.rectangles import check_heads
 from lightning_prune.selection import selected, trunk_norms
@@ -199,16 +200,28 @@ def draft_cut(model: nn.Module, example_inputs: ExampleInputs, request: Request)
 
     A group whose cut would not work is frozen with the reason, and the rest is planned anew.
     """
-    selects = _selects(model, example_inputs, request)
-    with selected(model, selects):
-        draft = _draft(model, example_inputs, request)
+    with ungated(model):
+        selects = _selects(model, example_inputs, request)
+        with selected(model, selects):
+            draft = _draft(model, example_inputs, request)
     cut, record = replace(draft.cut, selects=selects), replace(draft.record, selects=selects)
-    return replace(draft, cut=cut, record=record)
+    return replace(draft, cut=_with_gates(model, cut), record=record)
+
+
+def _with_gates(model: nn.Module, cut: Cut) -> Cut:
+    """Let the gates of the channels that go, go with them; no record tells of it, since gates do not last."""
+    gates = gates_of(model)
+    if gates is None:
+        return cut
+    kept = gates.kept(model, cut.kept)
+    tensors = named_tensors(model)
+    shapes = {name: tuple(tensors[name].shape) for name in kept}
+    return replace(cut, kept={**cut.kept, **kept}, shapes={**cut.shapes, **shapes})
 
 
 def reading(model: nn.Module, example_inputs: ExampleInputs, request: Request) -> Graph:
     """Read a model as a cut would, with trunks parted where that is asked for; the model is not changed."""
-    with selected(model, _selects(model, example_inputs, request)):
+    with ungated(model), selected(model, _selects(model, example_inputs, request)):
         return read(model, example_inputs, request.ignore, request.heads)
 
 

@@ -70,13 +70,23 @@ class Global(Allocation, WeightAllocation):
 class Zeros(Allocation):
     """All channels whose score is 0 go, and no others; the ratio is not asked.
 
+    Args:
+        and_lowest: Where these are too few for the ratio, the lowest scores of the whole model go as well.
+
     >>> from lightning_prune.allocation import allocate
     >>> allocate({"a": torch.tensor([1.0, 0.0, 1.0])}, 0.0, Zeros()).removed["a"].tolist()
     [1]
     """
 
+    def __init__(self, *, and_lowest: bool = False) -> None:
+        super().__init__()
+        self.and_lowest = and_lowest
+
     def widths(
         self, scores: Mapping[str, Tensor], dense: Mapping[str, int], ratio: float, least: Mapping[str, int]
     ) -> dict[str, int]:
         """Keep what is not 0."""
-        return {name: max(int(values.count_nonzero()), least[name]) for name, values in scores.items()}
+        kept = {name: max(int(values.count_nonzero()), least[name]) for name, values in scores.items()}
+        if not self.and_lowest:
+            return kept
+        return {name: min(kept[name], width) for name, width in Global().widths(scores, dense, ratio, least).items()}

@@ -6,6 +6,7 @@ from lightning_prune.callbacks.distillation import DistillationCallback
 from lightning_prune.callbacks.ewc import EWCCallback
 from lightning_prune.callbacks.fisher import FisherPruneCallback
 from lightning_prune.callbacks.fisher_rao import FisherRaoMonitor
+from lightning_prune.callbacks.l0 import L0PruneCallback
 from lightning_prune.callbacks.magnitude import MagnitudePruneCallback
 from lightning_prune.callbacks.masking import MaskPruneCallback
 from lightning_prune.callbacks.monitor import SparsityMonitor
@@ -19,6 +20,7 @@ __all__ = [
     "EWCCallback",
     "FisherPruneCallback",
     "FisherRaoMonitor",
+    "L0PruneCallback",
     "MagnitudePruneCallback",
     "MaskPruneCallback",
     "PruneCallback",

@@ -172,18 +172,18 @@ class PruneCallback(pl.Callback):
             self._check_reach(trainer, length, f"max_steps={trainer.max_steps}")
         self.gathering.check(min(self.events, default=None), self.timing.unit, type(self).__name__)
         if pl_module.example_input_array is not None:
-            self._check_ahead(trainer, pl_module, _own_example(trainer, pl_module))
+            self._check_ahead(trainer, pl_module, own_example(trainer, pl_module))
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if pl_module.example_input_array is not None and self.timing.unit == "epoch":
-            self._fire(trainer, pl_module, _own_example(trainer, pl_module))
+            self._fire(trainer, pl_module, own_example(trainer, pl_module))
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        example = batch if pl_module.example_input_array is None else _own_example(trainer, pl_module)
+        example = batch if pl_module.example_input_array is None else own_example(trainer, pl_module)
         self._check_ahead(trainer, pl_module, example)
         if self.timing.unit == "step":
             if batch_idx % trainer.accumulate_grad_batches == 0:
@@ -306,7 +306,7 @@ def unwrapped(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
     return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
 
 
-def _own_example(trainer: pl.Trainer, pl_module: pl.LightningModule) -> ExampleInputs:
+def own_example(trainer: pl.Trainer, pl_module: pl.LightningModule) -> ExampleInputs:
     """Return the module's example inputs in the Trainer's precision."""
     return trainer.precision_plugin.convert_input(pl_module.example_input_array)
 

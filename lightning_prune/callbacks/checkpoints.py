@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_prune import history, masks
 from lightning_prune.callbacks.averages import averaged_copies
+from lightning_prune.layers import gates
 from lightning_prune.records import from_plain, to_plain
 from lightning_prune.surgery import together
 
@@ -33,16 +34,19 @@ def _save_with_history(pl_module: pl.LightningModule, checkpoint: dict[str, Any]
 
 
 def _save(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Add the history, and the masks if there are any."""
+    """Add the history, and masks and gates if there are any."""
     checkpoint[history.KEY] = to_plain(history.history_of(module))
     if masks.masks_of(module):
         checkpoint[masks.KEY] = masks.pack(masks.masks_of(module))
+    if gates.gates_of(module) is not None:
+        checkpoint[gates.KEY] = gates.pack(gates.gates_of(module))
 
 
 def _reach(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Bring a network to the shapes of a checkpoint, and let it hold the checkpoint's masks."""
+    """Bring a network to the shapes of a checkpoint and its gates, and let it hold the checkpoint's masks."""
     with together() as steps:
-        steps.append(history.reach(module, from_plain(checkpoint.get(history.KEY, []))))
+        records = from_plain(checkpoint.get(history.KEY, []))
+        steps.append(history.reach_gated(module, records, checkpoint.get(gates.KEY, {})))
         masks.hold(module, masks.unpack(checkpoint.get(masks.KEY, {}), module))
 
 

@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_prune.cost import count_macs, count_params
 from lightning_prune.graph import read
 from lightning_prune.history import history_of
+from lightning_prune.layers.gates import ungated
 from lightning_prune.masks.held import layer_sparsity, masks_of, sparsity
 from lightning_prune.report import widths_picture
 
@@ -43,14 +44,15 @@ class SparsityMonitor(pl.Callback):
         if not self._dense and not history_of(pl_module):
             graph = read(pl_module, batch if pl_module.example_input_array is None else pl_module.example_input_array)
             widths = {f"channels/{group.name}": float(group.size) for group in graph.groups}
-            counts = {"params": float(count_params(pl_module)), "macs": float(count_macs(pl_module, graph.inputs))}
+            with ungated(pl_module):
+                counts = {"params": float(count_params(pl_module)), "macs": float(count_macs(pl_module, graph.inputs))}
             self._dense = {"pruning_ratio": 0.0, **counts, **widths}
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for name, value in {**self._metrics(pl_module), **_sparsities(pl_module)}.items():
             pl_module.log(f"prune/{name}", value, rank_zero_only=True)
-        for experiment in _drawing_boards(trainer):
+        for experiment in drawing_boards(trainer):
             self._draw(experiment, pl_module, trainer.global_step)
 
     def _metrics(self, pl_module: pl.LightningModule) -> dict[str, float]:
@@ -82,7 +84,7 @@ def _sparsities(pl_module: pl.LightningModule) -> dict[str, float]:
     return {"sparsity": sparsity(masks), **layers} if masks else {}
 
 
-def _drawing_boards(trainer: pl.Trainer) -> list[Any]:
+def drawing_boards(trainer: pl.Trainer) -> list[Any]:
     """Return the experiments of those loggers that take histograms and images."""
     experiments: list[Any] = [getattr(logger, "experiment", None) for logger in trainer.loggers]
     if not trainer.is_global_zero:

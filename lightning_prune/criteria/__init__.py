@@ -5,6 +5,7 @@ from lightning_prune.criteria.base import Criterion, gather, score_groups
 from lightning_prune.criteria.bn_scale import BNScale, bn_scales
 from lightning_prune.criteria.chip import CHIP
 from lightning_prune.criteria.fisher import Fisher
+from lightning_prune.criteria.gate_value import GateValue
 from lightning_prune.criteria.gathered import Gathered
 from lightning_prune.criteria.geometric_median import GeometricMedian
 from lightning_prune.criteria.hrank import HRank
@@ -23,6 +24,7 @@ __all__ = [
     "BNScale",
     "Criterion",
     "Fisher",
+    "GateValue",
     "Gathered",
     "GeometricMedian",
     "HRank",
