@@ -1,5 +1,5 @@
-"""The tables of three papers, each row beside the paper's: Han 2015 (weights and connections), Liu 2017 (slimming),
-Theis 2018 (Fisher pruning).
+"""The tables of four papers, each row beside the paper's: Han 2015 (weights and connections), Liu 2017 (slimming),
+Theis 2018 (Fisher pruning), Louizos 2018 (L0).
 
     python benchmarks/papers.py --data ROOT [--only NAME ...] [--seeds 0,1,2] [--out papers.jsonl]
     python benchmarks/papers.py --table [--out papers.jsonl]
@@ -19,12 +19,15 @@ from pathlib import Path
 import lightning.pytorch as pl
 import papers_fisher
 import papers_han
+import papers_l0
 import papers_slimming
 import torch
 from papers_rows import Bench, Row
 from papers_table import circumstances, done, note, table
 
-ROWS: dict[str, Row] = {row.name: row for row in (*papers_han.ROWS, *papers_slimming.ROWS, *papers_fisher.ROWS)}
+ROWS: dict[str, Row] = {
+    row.name: row for row in (*papers_han.ROWS, *papers_slimming.ROWS, *papers_fisher.ROWS, *papers_l0.ROWS)
+}
 
 
 def measure(row: Row, bench: Bench, seed: int) -> dict[str, object]:

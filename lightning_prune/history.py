@@ -51,7 +51,7 @@ def commit(model: nn.Module, cut: Cut, record: PruneRecord, offsets: Offsets | N
         witness.before_cut(model)
     with together() as steps:
         steps.append(_cut_and_record(model, cut, record, offsets))
-        steps.append(gates.settle(model))
+        steps.append(gates.settle(model, cut.kept, cut.shapes))
         for witness in watching:
             steps.append(witness.after_cut(model, cut, offsets))
     return undo_all(steps)
@@ -72,8 +72,10 @@ def replay(model: nn.Module, records: Sequence[PruneRecord]) -> None:
         records: The history to reach.
 
     Raises:
-        HistoryError: The model has other layers, or has been through other cuts.
+        HistoryError: The model has other layers, has been through other cuts, or has gates.
     """
+    if gates.gates_of(model) is not None:
+        raise HistoryError("The model is gated, and its gates would not follow. Take them off: `gates.fold(model)`.")
     done = history_of(model)
     if tuple(records[: len(done)]) != done:
         raise HistoryError(

@@ -255,7 +255,7 @@ def _draft(model: nn.Module, example_inputs: ExampleInputs, request: Request) ->
         if not trial.refused and aim is not None and not aim.is_met(trial.cut, reach(plan)):
             continue
         if not trial.refused:
-            absorbing = graph if request.constants == "absorb" else None
+            absorbing = graph if request.constants == "absorb" and gates_of(model) is None else None  # gates emit 0
             offsets = Offsets() if absorbing is None else absorb(model, absorbing, plan)
             cut = replace(
                 trial.cut,

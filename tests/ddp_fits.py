@@ -18,12 +18,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from fits import Module, trainer, widths
+from fits import Module, images, trainer, widths
+from gated import mlp
 from lightning.pytorch import callbacks as neighbours
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_prune import history_of
 from lightning_prune.allocation import Global
@@ -32,10 +34,12 @@ from lightning_prune.callbacks import (
     DistillationCallback,
     EWCCallback,
     FisherRaoMonitor,
+    L0PruneCallback,
     MagnitudePruneCallback,
     PruneCallback,
 )
 from lightning_prune.criteria import Fisher, Magnitude
+from lightning_prune.layers.gates import gates_of
 from lightning_prune.schedules import linear
 from lightning_prune.types import ChannelGroup
 
@@ -237,6 +241,74 @@ def refused_by_hand(folder: Path) -> dict[str, Any]:
     return {"error": None}
 
 
+class Watch(Callback):
+    """Notes of gates at each step what they are and what was drawn."""
+
+    def __init__(self) -> None:
+        self.alphas: list[str] = []
+        self.noises: list[str] = []
+
+    def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        gates = gates_of(pl_module)
+        if gates is not None:
+            named = gates.named().items()
+            self.alphas.append(hashed({name: gate.log_alpha for name, gate in named}))
+            self.noises.append(hashed({name: gate.noise for name, gate in named}))
+
+
+def gated(**settings: Any) -> Any:
+    """Gates on, cut, and closed, with images and noise that differ between the ranks."""
+
+    def run(folder: Path) -> dict[str, Any]:
+        strategy, accumulate = settings.get("strategy"), settings.get("accumulate_grad_batches", 1)
+        estimator = settings.get("estimator", "hard_concrete")
+        net, watch = Shuffled(), Watch()
+        events = {"begin": 12, "end": 18, "every_n_steps": 3, "gate_lr": 0.4}
+        own = L0PruneCallback(0.5, of="channels", estimator=estimator, **events)
+        made = fit(net, own, watch, max_epochs=8 * accumulate, strategy=strategy, accumulate_grad_batches=accumulate)
+        assert gates_of(net) is None
+        watched = {"alphas": watch.alphas, "noises": watch.noises}
+        return outcome(net, made) | watched | {"all parameters move": moved(net, made)}
+
+    return run
+
+
+class Parted(Module):
+    """Without BatchNorm, and in batches of which each rank has its part."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__(partial(SGD, lr=0.05, momentum=0.9), net=mlp())
+        self.batch = batch
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        dataset, ranks = images().dataset, self.trainer.world_size
+        sampler = DistributedSampler(dataset, ranks, self.global_rank, shuffle=False)  # Lightning's own would shuffle
+        return DataLoader(dataset, self.batch, sampler=sampler)
+
+
+def parted(devices: int, **settings: Any) -> dict[str, list[float]]:
+    """What becomes of a network and its gates; one process has batches of 16, and two have 8 each."""
+    net, found = Parted(16 // devices), {}
+
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+            if trainer.global_step in (11, 17, 21):
+                values = [value.detach().flatten() for value in pl_module.parameters()]
+                found[str(trainer.global_step)] = torch.cat(values).tolist()
+
+    own = L0PruneCallback(begin=12, end=18, every_n_steps=6, gate_lr=0.35, drop_rate=0.4, **settings)
+    made = {"max_epochs": 8, "limit_val_batches": 0}
+    fit(net, own, Keep(), **made) if devices == 2 else trainer(own, Keep(), **made).fit(net)
+    return found
+
+
+GOALS: dict[str, dict[str, Any]] = {"ratio": {"pruning_ratio": 0.5}, "strength": {"strength": 1.0, "weight_decay": 0.1}}
+
+
+def in_parts(folder: Path) -> dict[str, Any]:
+    return {name: parted(2, **goal) for name, goal in GOALS.items()}
+
+
 adamw = partial(Shuffled, partial(AdamW, lr=0.01))
 on_steps = partial(MagnitudePruneCallback, 0.5, schedule=linear, begin=2, end=8, every_n_steps=3)
 
@@ -265,6 +337,11 @@ FITS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "distilled": plain(Shuffled, DistillationCallback, twice),
     "consolidated": consolidated,
     "resumed": resumed,
+    "gates": gated(),
+    "gates, static_graph": gated(strategy=ddp(static_graph=True, gradient_as_bucket_view=True)),
+    "gates, accumulated": gated(accumulate_grad_batches=2),
+    "gates, bernoulli": gated(estimator="bernoulli"),
+    "gates in parts": in_parts,
     "a rank that fails": failing(partial(PruneCallback, 0.5, criterion=Stumbles(), begin=2, end=2)),
     "a rank with another plan": failing(Deceived, twice),
     "a rank with another network": failing(Different, twice),

@@ -26,7 +26,9 @@ from lightning_prune.graph import read
 FAILING = {name: None for name in ddp_fits.FITS if name.startswith("a rank")}
 REFUSED = "static graph by hand"
 SIGNAL = "fisher's signal"
-ENDED = [name for name in ddp_fits.FITS if name not in (*FAILING, REFUSED, SIGNAL)]
+PARTS = "gates in parts"
+GATED = [name for name in ddp_fits.FITS if name.startswith("gates") and name != PARTS]
+ENDED = [name for name in ddp_fits.FITS if name not in (*FAILING, *GATED, REFUSED, SIGNAL, PARTS)]
 
 Ranks = tuple[dict[str, Any], dict[str, Any]]
 
@@ -57,7 +59,29 @@ def test_ranks_end_with_the_same_network(ranks: Ranks, name: str) -> None:
     assert len(first["cuts"]) == (1 if name in ("slimming", "random") else 2)
 
 
-@pytest.mark.parametrize("name", [name for name in ENDED if name != "resumed"])
+@pytest.mark.parametrize("name", GATED)
+def test_gates_and_their_samples_are_the_same_on_all_ranks(ranks: Ranks, name: str) -> None:
+    first, second = (rank[name] for rank in ranks)
+    assert "unexpected" not in first, first
+    assert {**first, "took": 0} == {**second, "took": 0}
+    assert len(first["alphas"]) == 18
+    assert len(set(first["alphas"])) > 12
+    assert len(set(first["noises"])) == len(first["noises"])
+    assert sum(first["widths"]) <= 8
+    assert len(first["cuts"]) == 3
+
+
+@pytest.mark.parametrize("goal", ddp_fits.GOALS)
+def test_gates_on_two_ranks_are_those_of_one_process_with_the_whole_batch(ranks: Ranks, goal: str) -> None:
+    alone = ddp_fits.parted(1, **ddp_fits.GOALS[goal])
+    assert len(alone["11"]) > len(alone["17"]) > len(alone["21"])
+    for rank in ranks:
+        assert "unexpected" not in rank[PARTS], rank[PARTS]
+        for step, values in alone.items():
+            assert rank[PARTS][goal][step] == pytest.approx(values, abs=1e-5), step
+
+
+@pytest.mark.parametrize("name", [*(name for name in ENDED if name != "resumed"), *GATED])
 def test_all_parameters_are_trained_after_the_cut(ranks: Ranks, name: str) -> None:
     assert all(rank[name]["all parameters move"] for rank in ranks)
 

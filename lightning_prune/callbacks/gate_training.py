@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,19 +19,42 @@ from torch.utils.hooks import RemovableHandle
 from lightning_prune.callbacks import param_groups
 from lightning_prune.callbacks.averages import averaged_copies
 from lightning_prune.callbacks.base import unwrapped
+from lightning_prune.callbacks.masking import put_on
 from lightning_prune.callbacks.ranks import average_over_ranks, without_reducer
 from lightning_prune.callbacks.steady_steps import SteadySteps
-from lightning_prune.cut import Cut
-from lightning_prune.gates import decay_gradients, fold
+from lightning_prune.chance import random_state_kept
+from lightning_prune.cut import Cut, cut_tensor
+from lightning_prune.gates import Choice, GateSettings, choose, decay_gradients, fold
+from lightning_prune.graph import Graph, ignored_tensors
 from lightning_prune.layers import Bernoulli
 from lightning_prune.layers.gated import weight_name
-from lightning_prune.layers.gates import KEY, Gates, attach, gates_of
-from lightning_prune.masks.held import Masks
+from lightning_prune.layers.gates import KEY, Gates, attach, detach, gates_of
+from lightning_prune.masks.held import Masks, masks_of
 from lightning_prune.surgery import together
 from lightning_prune.tensors import named_modules
 
 GROUP = "gates"
 """What loggers call the gates' param group."""
+
+
+def fresh_gates(pl_module: pl.LightningModule, graph: Graph, settings: GateSettings, ignore: Sequence[str]) -> Choice:
+    """Make the gates that settings ask for, the same each time; nobody else's random numbers change.
+
+    Raises:
+        ValueError: There is nothing to gate, or no strength for a gate.
+    """
+    with random_state_kept():
+        torch.manual_seed(settings.seed)
+        choice = choose(
+            pl_module,
+            graph,
+            settings.granularity,
+            settings.maker,
+            ignored=ignored_tensors(pl_module, ignore),
+            per_example=settings.per_example,
+        )
+    settings.strengths_of(choice.gates.named())
+    return choice
 
 
 class GateTraining:
@@ -70,11 +94,30 @@ class GateTraining:
             gate_lr: Their learning rate; it follows the schedule of the first param group in proportion.
         """
         self.gate_lr = gate_lr
-        with without_reducer(trainer):
+        with without_reducer(trainer), together() as steps:
             attach(pl_module, gates.to(pl_module.device))
+            steps.append(partial(_detach, pl_module))
             for copy in averaged_copies(trainer):
                 attach(copy, deepcopy(gates))
+                steps.append(partial(_detach, copy))
             self.take_up(trainer, pl_module)
+
+    def try_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule, gates: Gates) -> None:
+        """See that an optimizer can train gates; nothing is left of it.
+
+        Raises:
+            MisconfigurationException: None trains the layers that would read through them, or it allows no param group
+                of its own or no step on a vector.
+        """
+        optimizer = _optimizer_of(trainer, _layers_of(pl_module, gates))
+        parameters = [nn.Parameter(torch.ones(2, device=pl_module.device))]
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        undo, steady = param_groups.join(optimizer, parameters, 1.0, schedulers=schedulers, name=GROUP), SteadySteps()
+        try:
+            steady.attach(optimizer, parameters)
+        finally:
+            steady.detach()
+            undo()
 
     def take_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Train the gates that the network has: let the optimizer have them, in a param group of their own.
@@ -85,8 +128,8 @@ class GateTraining:
         self._gates = gates_of(pl_module)
         if self._gates is None:
             return
-        self._layers = {name: named_modules(pl_module)[name] for name in self._gates.read_by()}
-        self._optimizer = self._optimizer_of(trainer)
+        self._layers = _layers_of(pl_module, self._gates)
+        self._optimizer = _optimizer_of(trainer, self._layers)
         parameters = list(self._gates.parameters())
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         for other in map(unwrapped, trainer.optimizers):
@@ -94,21 +137,6 @@ class GateTraining:
         param_groups.join(self._optimizer, parameters, self.gate_lr, schedulers=schedulers, name=GROUP)
         self.steady.attach(self._optimizer, parameters)
         self._handles = [self._optimizer.register_step_post_hook(self._after_step)]
-
-    def _optimizer_of(self, trainer: pl.Trainer) -> Optimizer:
-        """Return the optimizer that moves most of the layers that read through gates."""
-        weights = {id(getattr(layer, weight_name(layer))) for layer in self._layers.values()}
-        moved = {
-            optimizer: sum(id(each) in weights for group in optimizer.param_groups for each in group["params"])
-            for optimizer in map(unwrapped, trainer.optimizers)
-        }
-        best = max(moved, key=lambda optimizer: moved[optimizer], default=None)
-        if best is None or not moved[best]:
-            raise MisconfigurationException(
-                f"No optimizer moves a layer that reads through gates, such as {next(iter(self._layers), None)!r}. Let "
-                "`configure_optimizers` return one that does, or gate other layers (`granularity`)."
-            )
-        return best
 
     def is_moved_by(self, optimizer: Optimizer) -> bool:
         """Tell whether it is an optimizer of the gates."""
@@ -151,16 +179,17 @@ class GateTraining:
 
     def follow(self, cut: Cut) -> None:
         """Let what is known of the gates' gradients follow a cut that has been done."""
-        for name, gate in () if self._gates is None else self._gates.named_parameters():
-            dims = cut.kept.get(f"{KEY}.{name}", {})
-            for kept in dims.values():
-                self.steady.follow(gate, kept)
+        names = [] if self._gates is None else [f"{KEY}.{name}" for name, _ in self._gates.named_parameters()]
+        known = self.steady.state_dict()
+        for key, tensors in known.items():  # none, where the optimizer is steady by itself
+            known[key] = [cut_tensor(each, cut.kept.get(name, {})) for name, each in zip(names, tensors, strict=False)]
+        self.steady.load_state_dict(known)
 
-    def take_off(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Masks:
+    def take_off(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
         """Fold the gates into the weights, of the averaged copies too, and take them out of the optimizer.
 
         Returns:
-            Masks of weights whose own gate, or whose input's, has closed.
+            Names of weights that hold a mask from now on: those that had gates of their own, or on their input.
         """
         assert self._gates is not None
         assert self._optimizer is not None
@@ -172,7 +201,9 @@ class GateTraining:
                 steps.append(fold(network).undo)
             folded = fold(pl_module)
         self.leave()
-        return folded.masks
+        if folded.masks:
+            put_on({**masks_of(pl_module), **_joined(folded.masks, masks_of(pl_module))}, trainer, pl_module)
+        return list(folded.masks)
 
     def leave(self) -> None:
         """Let go of network and optimizer."""
@@ -190,6 +221,36 @@ class GateTraining:
         """Take up an interrupted fit."""
         self.gate_lr = state["gate_lr"]
         self.steady.load_state_dict(state["steady"])
+
+
+def _layers_of(pl_module: pl.LightningModule, gates: Gates) -> dict[str, nn.Module]:
+    """Return the layers that read through gates, by name."""
+    return {name: named_modules(pl_module)[name] for name in gates.read_by()}
+
+
+def _optimizer_of(trainer: pl.Trainer, layers: Mapping[str, nn.Module]) -> Optimizer:
+    """Return the optimizer that moves most of some layers."""
+    weights = {id(getattr(layer, weight_name(layer))) for layer in layers.values()}
+    moved = {
+        optimizer: sum(id(each) in weights for group in optimizer.param_groups for each in group["params"])
+        for optimizer in map(unwrapped, trainer.optimizers)
+    }
+    best = max(moved, key=lambda optimizer: moved[optimizer], default=None)
+    if best is None or not moved[best]:
+        raise MisconfigurationException(
+            f"No optimizer moves a layer that reads through gates, such as {next(iter(layers), None)!r}. Let "
+            "`configure_optimizers` return one that does, or gate other layers (`granularity`)."
+        )
+    return best
+
+
+def _detach(network: nn.Module) -> None:
+    detach(network)
+
+
+def _joined(masks: Masks, known: Masks) -> Masks:
+    """Let masks also prune what those prune that are known already."""
+    return {name: mask & known[name].to(mask.device) if name in known else mask for name, mask in masks.items()}
 
 
 def _take_out(optimizer: Optimizer, parameters: Iterable[nn.Parameter], but_of: Optimizer) -> None:

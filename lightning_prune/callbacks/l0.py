@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from math import isfinite
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.data import IterableDataset
 from typing_extensions import override
 
 from lightning_prune.allocation import RoundTo, Zeros
-from lightning_prune.baseline import Baseline
 from lightning_prune.callbacks.base import PruneCallback, own_example, shows_tables, unwrapped
-from lightning_prune.callbacks.calibration import training_data
-from lightning_prune.callbacks.gate_training import GateTraining
-from lightning_prune.callbacks.masking import check_alone, put_on
-from lightning_prune.callbacks.monitor import drawing_boards
+from lightning_prune.callbacks.closing import Closing, check_start, warn_of_open_end
+from lightning_prune.callbacks.gate_costs import dense_cost, examples_of
+from lightning_prune.callbacks.gate_report import (
+    closed_in_words,
+    draw_gates,
+    gates_in_words,
+    log_gates,
+    masked_in_words,
+    tell_guarded,
+    warn_of_reach,
+    warn_of_travel,
+)
+from lightning_prune.callbacks.gate_training import GateTraining, fresh_gates
+from lightning_prune.callbacks.masking import check_alone
 from lightning_prune.callbacks.ranks import agreed
 from lightning_prune.callbacks.signals import signals_wait
-from lightning_prune.callbacks.timing import Timing
 from lightning_prune.callbacks.upkeep import Upkeep
-from lightning_prune.chance import random_state_kept
-from lightning_prune.criteria import GateValue, score_groups
+from lightning_prune.criteria import GateValue
 from lightning_prune.gates import (
-    Choice,
     Constraint,
     Estimator,
     ExpectedL0,
@@ -39,11 +42,8 @@ from lightning_prune.gates import (
     GateSettings,
     GateUnit,
     by_pattern,
-    choose,
 )
-from lightning_prune.graph import Graph, ignored_tensors
 from lightning_prune.inputs import ExampleInputs
-from lightning_prune.layers import Gate
 from lightning_prune.layers.gates import gates_of, ungated
 from lightning_prune.masks.held import masks_of
 from lightning_prune.pruner import Draft, Request, draft_cut, reading
@@ -182,6 +182,12 @@ class L0PruneCallback(PruneCallback):
             self.constraint, self._masked = None, []
 
     @override
+    def _check_reach(self, trainer: pl.Trainer, length: float, limit: str) -> None:
+        check_start(self.events, self.settings.start, self.timing.unit)
+        if trainer.fast_dev_run or not warn_of_open_end(self.events, length, self.timing.unit, limit):  # type: ignore[attr-defined]
+            super()._check_reach(trainer, length, limit)
+
+    @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         if gates_of(pl_module) is not None:
@@ -195,7 +201,7 @@ class L0PruneCallback(PruneCallback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.settings.strength is not None:
-            self._examples = _examples_of(trainer)
+            self._examples = examples_of(trainer)
         super().on_train_start(trainer, pl_module)
         check_alone(self, trainer, pl_module)
         own = {name: mask for name, mask in masks_of(pl_module).items() if name in self._masked}
@@ -208,27 +214,15 @@ class L0PruneCallback(PruneCallback):
         if self.training.gates is not None:
             return
         graph = reading(pl_module, example, self.request)
-        choice = self._chosen(pl_module, graph)
+        gates = fresh_gates(pl_module, graph, self.settings, self.request.ignore).gates
+        self.training.try_out(trainer, pl_module, gates)
+        cost = ExpectedL0(pl_module, graph, gates, self.settings.of)  # which can refuse
         if self.request.pruning_ratio:
-            _warn_of_reach(ExpectedL0(pl_module, graph, choice.gates, self.settings.of), self.request.pruning_ratio)
+            dense = dense_cost(pl_module, graph, gates, self.settings.of)
+            warn_of_reach(cost, self.request.pruning_ratio, dense)
         steps = self.timing.steps_before(max(self.events), trainer, 0)
         started = self.settings.start * (1 if self.timing.unit == "step" else steps / max(self.events))
-        _warn_of_travel(self.settings, steps - started)
-
-    def _chosen(self, pl_module: pl.LightningModule, graph: Graph) -> Choice:
-        ignored = ignored_tensors(pl_module, self.request.ignore)
-        with random_state_kept():
-            torch.manual_seed(self.settings.seed)
-            choice = choose(
-                pl_module,
-                graph,
-                self.settings.granularity,
-                self.settings.maker,
-                ignored=ignored,
-                per_example=self.settings.per_example,
-            )
-        self.settings.strengths_of(choice.gates.named())
-        return choice
+        warn_of_travel(self.settings, steps - started)
 
     @override
     def on_train_batch_start(
@@ -251,13 +245,11 @@ class L0PruneCallback(PruneCallback):
         """Put the gates on, if it is time."""
         if self.timing.now(trainer) < self.settings.start:
             return
-        choice = self._chosen(pl_module, reading(pl_module, example, self.request))
+        graph = reading(pl_module, example, self.request)
+        choice = fresh_gates(pl_module, graph, self.settings, self.request.ignore)
         steps = self.timing.steps_before(max(self.events), trainer, batch_idx)
         self.training.put_on(trainer, pl_module, choice.gates, self.settings.learning_rate(steps))
-        gates = choice.gates.named()
-        count = sum(gate.log_alpha.numel() for gate in gates.values())
-        left = "".join(f"; {name} has none: {reason}" for name, reason in list(choice.left.items())[:4])
-        rank_zero_info(f"{type(self).__name__}: {count:,} gates on {', '.join(gates)}{left}")
+        rank_zero_info(f"{type(self).__name__}: {gates_in_words(choice)}")
 
     def _count(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, example: ExampleInputs, batch_idx: int
@@ -268,9 +260,7 @@ class L0PruneCallback(PruneCallback):
         with ungated(pl_module):
             graph = reading(pl_module, example, self.request)
             self._cost = ExpectedL0(pl_module, graph, gates, self.settings.of)
-            baseline = Baseline.of(pl_module, graph, score_groups(GateValue(), pl_module, graph.groups))
-        dense = {"params": baseline.params, "macs": baseline.macs, "channels": sum(baseline.channels.values())}
-        self._dense = float(dense[self.settings.of])
+            self._dense = dense_cost(pl_module, graph, gates, self.settings.of)
         if self.request.pruning_ratio and self.constraint is None:
             steps = self.timing.steps_before(max(self.events), trainer, batch_idx)
             self.constraint = Constraint(self.request.pruning_ratio, steps, self.settings.way)
@@ -306,12 +296,19 @@ class L0PruneCallback(PruneCallback):
 
     @override
     def _event(self, trainer: pl.Trainer, pl_module: pl.LightningModule, example: ExampleInputs, moment: int) -> None:
+        if self.training.gates is None:
+            raise MisconfigurationException(
+                f"At {self.timing.unit} {moment} gates are to close, and {type(pl_module).__name__} has none: this fit "
+                "goes on from one without this callback. Let `begin` and `end` come later, so that gates can learn."
+            )
+        if self._cost is None:  # a resumed fit
+            self._count(trainer, pl_module, example, 0)
         assert self._cost is not None
         draft = None
         if self._cost.has_channels:
             request = self._request_at(pl_module, example, moment)
             draft = agreed(trainer, pl_module, lambda: draft_cut(pl_module, example, request))
-        _tell_guarded(self._cost.named)
+        tell_guarded(self._cost.named)
         with signals_wait():
             record = None if draft is None else self._cut(trainer, pl_module, draft)
             if moment == max(self.events):
@@ -324,8 +321,9 @@ class L0PruneCallback(PruneCallback):
     @override
     def _request_at(self, pl_module: pl.LightningModule, example: ExampleInputs, moment: int) -> Request:
         """Ask for what has closed; at the last event, where a ratio is asked, for the lowest of the others too."""
-        is_last = moment == max(self.events)
-        return replace(self.request, allocation=Zeros(and_lowest=is_last and self.settings.pruning_ratio is not None))
+        if moment != max(self.events):
+            return replace(self.request, pruning_ratio=0.0)
+        return replace(self.request, allocation=Zeros(and_lowest=self.settings.pruning_ratio is not None))
 
     @override
     def _intention(self) -> str:
@@ -336,19 +334,10 @@ class L0PruneCallback(PruneCallback):
 
     @override
     def _tell(self, trainer: pl.Trainer, record: PruneRecord) -> None:
-        if self.settings.pruning_ratio is not None:
+        if self.settings.pruning_ratio is not None and self.is_finished:
             super()._tell(trainer, record)
             return
-        widths = ", ".join(
-            f"{name} {change.before} -> {change.after}"
-            for name, change in record.channels.items()
-            if change.after < change.before
-        )
-        rank_zero_info(
-            f"{type(self).__name__}, {self.timing.unit} {self.timing.now(trainer)}: {widths or 'no gate has closed'}; "
-            f"parameters {record.params.before:,} -> {record.params.after:,}, MACs {record.macs.before:,} -> "
-            f"{record.macs.after:,}"
-        )
+        rank_zero_info(f"{self._now(trainer)}: {closed_in_words(record)}")
         if shows_tables(trainer):
             Console().print(record_table(record, type(self).__name__))
 
@@ -360,31 +349,23 @@ class L0PruneCallback(PruneCallback):
 
     def _close(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fold the gates that are left into the weights, and hold what they have closed of inputs and weights at 0."""
-        masks = self.training.take_off(trainer, pl_module)
-        if masks:
-            self._masked = list(masks)
-            known = masks_of(pl_module)
-            joined = {
-                name: mask & known[name].to(mask.device) if name in known else mask for name, mask in masks.items()
-            }
-            put_on({**known, **joined}, trainer, pl_module)
-            own = {name: masks_of(pl_module)[name] for name in masks}
+        self._masked = self.training.take_off(trainer, pl_module)
+        if self._masked:
+            own = {name: masks_of(pl_module)[name] for name in self._masked}
             self.upkeep.take(own, pl_module, map(unwrapped, trainer.optimizers))
+            rank_zero_info(f"{self._now(trainer)}: weights that are not masked, {masked_in_words(own)}")
+
+    def _now(self, trainer: pl.Trainer) -> str:
+        return f"{type(self).__name__}, {self.timing.unit} {self.timing.now(trainer)}"
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._cost is None or trainer.barebones:
             return
-        gates = self._cost.named
-        for name, gate in gates.items():
-            pl_module.log(f"l0/open/{name}", gate.is_open().float().sum(), rank_zero_only=True)
-        pl_module.log(f"l0/expected_{self.settings.of}", self._cost.expected(), rank_zero_only=True)
-        pl_module.log("l0/pruning_ratio", 1 - self._cost.tested() / self._dense, rank_zero_only=True)
+        log_gates(pl_module, self._cost, self._dense, self.settings.of)
         if self.constraint is not None:
             pl_module.log("l0/multiplier", self.constraint.multiplier, rank_zero_only=True)
-        alphas = torch.cat([gate.log_alpha.detach().float().flatten().cpu() for gate in gates.values()])
-        for board in drawing_boards(trainer):
-            board.add_histogram("l0/log_alpha", alphas, trainer.global_step)
+        draw_gates(trainer, self._cost.named)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -414,66 +395,3 @@ class L0PruneCallback(PruneCallback):
         if "constraint" in state_dict:
             self.constraint = Constraint(self.request.pruning_ratio, 1, self.settings.way)
             self.constraint.load_state_dict(state_dict["constraint"])
-
-
-@dataclass(frozen=True)
-class Closing(Timing):
-    """Events from `begin` to `end`, where the gates vanish; in between what has closed is cut. One at 2/3 if None."""
-
-    @override
-    def lay_out(self, length: float, who: str) -> dict[int, float]:
-        known = isfinite(length) and self.begin is None and self.end is None
-        last = max(2 * int(length) // 3, 1) if known else self.end if self.end is not None else self.begin
-        first = last if self.begin is None else self.begin
-        if first is None or last is None:
-            return Timing.lay_out(self, length, who)  # which says what is missing
-        interval = self.every if self.every_n_steps is None else self.every_n_steps
-        return dict.fromkeys([*range(first, last, interval), last], 1.0)
-
-
-def _examples_of(trainer: pl.Trainer) -> int:
-    """Return how many examples the training data have.
-
-    Raises:
-        MisconfigurationException: Nobody knows.
-    """
-    loader = training_data(trainer, "L0PruneCallback(strength=...)", "L0PruneCallback(pruning_ratio=...)")
-    assert not isinstance(loader.dataset, IterableDataset)
-    seen = int(trainer.num_training_batches) * (loader.batch_size or 1) * trainer.world_size
-    return max(1, min(len(loader.dataset), seen))  # type: ignore[arg-type]
-
-
-def _warn_of_reach(cost: ExpectedL0, ratio: float) -> None:
-    """Warn where even the closing of all gates but the best of each group is not enough."""
-    least = {}
-    for name, gate in cost.named.items():
-        least[name] = torch.zeros_like(gate.log_alpha.detach())
-        if gate.guarded:
-            least[name].flatten()[0] = 1.0
-    reach = 1 - float(cost.of(least)) / cost.present
-    if reach < ratio:
-        rank_zero_warn(
-            f"pruning_ratio={ratio} cannot be reached: with all gates closed but one of each group, {reach:.1%} would "
-            "be gone, since the rest is not gated. Ask for less, or gate more (`granularity`, `ignore`)."
-        )
-
-
-def _warn_of_travel(settings: GateSettings, steps: float) -> None:
-    """Warn where gates cannot close in the steps that there are."""
-    gate_lr, way = settings.learning_rate(steps), settings.way
-    if 0 < steps * gate_lr < way:
-        rank_zero_warn(
-            f"Gates cannot close in time: a log alpha goes about gate_lr={gate_lr:g} in a step, which makes "
-            f"{steps * gate_lr:.2g} in the {steps:.0f} steps before the last event, and it has {way:.2g} to go. Raise "
-            f"`gate_lr` to {2 * way / steps:.2g} or more, let the last event come later, or raise `drop_rate`."
-        )
-
-
-def _tell_guarded(gates: Mapping[str, Gate]) -> None:
-    """Tell which groups only their guard holds open."""
-    held = [name for name, gate in gates.items() if bool(gate.only_guard_holds())]
-    if held:
-        rank_zero_info(
-            f"L0PruneCallback: all gates of {', '.join(held)} would be closed; the best of each stays open, so that "
-            "the network does. A smaller `strength` leaves more."
-        )

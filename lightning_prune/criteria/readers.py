@@ -6,13 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from lightning_prune.criteria.summing import keeps_places, summed_up
 from lightning_prune.graph import Graph
-from lightning_prune.handlers import handler_for
-from lightning_prune.handlers.pointwise import pointwise
-from lightning_prune.handlers.registry import packets
 from lightning_prune.steps import Run, seen_in
 from lightning_prune.tensors import named_modules, named_tensors
 from lightning_prune.types import Member
@@ -58,14 +55,20 @@ def readers_of(model: nn.Module, graph: Graph) -> dict[str, tuple[Reader, ...]]:
 
     To set to 0 what they read of a channel is to remove it: each way out of a group leads through exactly one reader,
     whatever residual sums and depthwise layers lie before it. Watched are linear and convolutional layers, and
-    `MultiheadAttention`. Frozen groups are left out, and those whose weights take part in something else: a functional
-    call, a recurrent layer, the projection inside of `MultiheadAttention`.
+    `MultiheadAttention`. Frozen groups are left out, those whose weights take part in something else (a functional
+    call, a recurrent layer, the projection inside of `MultiheadAttention`), and those that are summed up without a
+    weight, as by a mean over channels or a product of two activations.
 
     Returns:
         Group name -> its readers.
     """
     places = _Places(model, graph)
-    found = {group.name: places.readers(group.members) for group in graph.groups if not group.frozen}
+    summed = summed_up(graph)
+    found = {
+        group.name: places.readers(group.members)
+        for group in graph.groups
+        if not group.frozen and group.name not in summed
+    }
     return {name: readers for name, readers in found.items() if readers}
 
 
@@ -145,16 +148,6 @@ def _weights(run: Run) -> set[str]:
         names = frozenset[str]().union(*known)
         if known and len(known) == len(origins):
             made.update(dict.fromkeys(step.results, names))
-        elif not _keeps_places(step.op):
+        elif not keeps_places(step.op):
             found |= names
     return found
-
-
-_HAND_ON = frozenset(
-    packets("cat stack expand where embedding copy_ index_put slice_scatter select_scatter index_add native_layer_norm")
-)
-
-
-def _keeps_places(op: OpOverload) -> bool:
-    """Tell whether an operation sums up over no channels."""
-    return handler_for(op) is pointwise or op.overloadpacket in _HAND_ON

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -64,8 +65,13 @@ def choose(
         per_example: Whether each example of a batch has a sample of its own.
 
     Raises:
-        ValueError: A pattern matches nothing, or nothing that can be gated.
+        ValueError: A pattern matches nothing, or nothing that can be gated; or each example is to have its own weights.
     """
+    if per_example and "weights" in granularity.values():
+        raise ValueError(
+            "`per_example` gates what each example gives to a layer, and `granularity` has gates on weights, which all "
+            'examples share. Take "inputs" or "channels", or per_example=False.'
+        )
     builder = _Builder(model, graph, make, set(ignored))
     for pattern, what in granularity.items():
         if what == "channels":
@@ -94,6 +100,7 @@ class _Builder:
         self._readers = readers_of(model, graph)
         self._make = make
         self._ignored = ignored
+        self._holders = Counter(id(tensor) for layer in self._layers.values() for tensor in layer._parameters.values())
         self.gates: dict[str, Gate] = {}
         self.read: dict[str, _Read] = {}
         self.left: dict[str, str] = {}
@@ -140,6 +147,8 @@ class _Builder:
             return "it is ignored"
         if not _has_own_weight(layer):
             return "its weight is computed"
+        if self._holders[id(layer.weight)] > 1:
+            return "it shares its weight with another layer"
         if what == "weights" and type(layer) not in GATED:
             return f"the forward of {type(layer).__name__} is its own"
         return None
@@ -181,7 +190,8 @@ def writings(model: nn.Module, graph: Graph, gates: Gates) -> dict[str, Reading]
     tensors = dict(model.named_parameters())
     found: dict[str, list[tuple[Gate, Tensor]]] = {name: [] for name in own.values()}
     for group in graph.groups:
-        for member in group.members if group.name in named else ():
+        is_gated = group.name in named and named[group.name].shape == (group.size,)
+        for member in group.members if is_gated else ():
             layer = own.get(id(tensors.get(member.tensor)))
             if layer is not None and member.dim == 0:
                 found[layer].append((named[group.name], member.positions))

@@ -45,12 +45,12 @@ class ExpectedL0:
                 f"`of`={unit!r} counts what is cut out, and gates on the inputs or weights of {own[0]} become masks, "
                 'which save none. Take of="params", or granularity="channels".'
             )
-        groups = {group.name for group in graph.groups}
-        self._grouped = [name for name in self.named if name in groups]
+        shapes = {group.name: (group.size,) for group in graph.groups if not group.frozen}
+        self._grouped = [name for name, gate in self.named.items() if gate.shape == shapes.get(name)]
         costs = Costs(model, graph)
         self._cost = costs.expected(unit, self._grouped) if self._grouped else None
         self._dense = costs.of("params").total if self._cost is None else self._cost.dense
-        self._share = per_example(1_000_000, graph.inputs) / 1_000_000 if unit == "macs" else 1.0
+        self._share = per_example(10**12, graph.inputs) / 10**12 if unit == "macs" else 1.0
         layers, made = named_modules(model), writings(model, graph, gates)
         self._own = [_Own(layers[name], gates.read_by()[name], made[name], self.named) for name in own]
 
@@ -120,6 +120,8 @@ def _is_open(gate: Gate, margin: float) -> Tensor:
 class _Own:
     """What the gates on a layer's inputs and weights take from the count of its weights.
 
+    A gate that stands on both sides of a weight, as in a layer that reads and makes the same trunk, counts once.
+
     Args:
         layer: The layer.
         reading: Its gates, and those of the channels that it reads.
@@ -131,12 +133,19 @@ class _Own:
         self._layer, self._weight = layer, getattr(layer, weight_name(layer))
         self._reading, self._writing = reading, writing
         self._names = {gate: name for name, gate in named.items()}
+        made, read = _numbers(writing, self._names), _numbers(reading, self._names)
+        same = (made.unsqueeze(1) == read) & (read > 0)
+        self._same = same if same.any() else None
 
     def correction(self, open_: Mapping[str, Tensor]) -> Tensor:
         """Return the expected weights less those that there would be with gates on channels alone."""
         out = self._values(self._writing.channels, open_, self._writing)
         channels = self._values(self._reading.channels, open_, self._reading)
         inputs, weights = self._reading.inputs, self._reading.weights
+        if self._same is not None:
+            joint = torch.where(self._same, out.unsqueeze(1), out.unsqueeze(1) * channels)
+            there = joint if inputs is None else joint * open_[self._names[inputs]]
+            return (there if weights is None else there * open_[self._names[weights]]).sum() - joint.sum()
         along = channels if inputs is None else channels * open_[self._names[inputs]]
         without = out.sum() * channels.sum()
         if weights is None:
@@ -147,10 +156,20 @@ class _Own:
         return reading.along_input([open_[self._names[gate]] for gate in gates])
 
 
+def _numbers(reading: Reading, names: Mapping[Gate, str]) -> Tensor:
+    """Number the gates along a reading such that two that are the same have the same number; 0 is none."""
+    starts, start = {}, 1
+    for gate in names:
+        starts[gate] = start
+        start += gate.log_alpha.numel()
+    places = [torch.arange(gate.log_alpha.numel()) + starts[gate] for gate in reading.channels]
+    return torch.cat([torch.zeros(1, dtype=torch.int64), *places]).to(reading.index.device)[reading.index]
+
+
 def decay_gradients(layers: Mapping[str, nn.Module], gates: Gates, strength: float) -> None:
     """Add the gradient of strength / 2 * sum P(z > 0) theta^2 to that of weights and gates: the paper's L2 term.
 
-    Weights that are frozen, or have no gradient, are left out.
+    Weights that are frozen, or have no gradient, are left out; one that several layers share counts once.
 
     Args:
         layers: The network's layers by name.
@@ -161,7 +180,7 @@ def decay_gradients(layers: Mapping[str, nn.Module], gates: Gates, strength: flo
     weights: list[Tensor] = []
     for name, reading in gates.read_by().items():
         weight = getattr(layers[name], weight_name(layers[name]))
-        if weight.grad is not None:
+        if weight.grad is not None and all(weight is not other for other in weights):
             channels = [gate.open_probability() for gate in reading.channels]
             own = None if reading.inputs is None else reading.inputs.open_probability()
             there = spread(layers[name], weight, reading.along_input(channels, own))

@@ -9,6 +9,7 @@ from functools import partial
 from math import inf, isfinite, log
 from typing import Any, Literal, TypeAlias, get_args
 
+from lightning_prune.chance import random_state_kept
 from lightning_prune.gates.choosing import GRANULARITIES, GateGranularity, GateMaker
 from lightning_prune.gates.expected_l0 import GateUnit
 from lightning_prune.layers import Bernoulli, Gate, HardConcrete
@@ -73,7 +74,7 @@ class GateSettings:
             raise ValueError("`per_example` goes with hard concrete gates; a loss of the batch says nothing of each.")
         if self.start < 0:
             raise ValueError(f"`start` is the epoch or step from which there are gates, 0 or more; got {self.start}.")
-        self.maker(1)  # looks at `drop_rate`
+        self._gate()  # looks at `drop_rate`
 
     def _check_goal(self) -> None:
         ratio = self.pruning_ratio
@@ -100,7 +101,12 @@ class GateSettings:
     @property
     def way(self) -> float:
         """How far a fresh log alpha has to go until its gate closes; less than 0 where it starts closed."""
-        return log((1 - self.drop_rate) / self.drop_rate) - self.maker(1).closes_at
+        return log((1 - self.drop_rate) / self.drop_rate) - self._gate().closes_at
+
+    def _gate(self) -> Gate:
+        """Make one, for what all have in common; nobody else's random numbers change."""
+        with random_state_kept():
+            return self.maker(1)
 
     def learning_rate(self, steps: float) -> float:
         """Return the learning rate of the gates.
@@ -123,7 +129,8 @@ class GateSettings:
         given = self.strength or {}
         found: dict[str, float] = {}
         for name in names if given else ():
-            own = [value for pattern, value in given.items() if fnmatchcase(name.split(":")[0], pattern)]
+            both = name, name.partition(":")[0]
+            own = [value for pattern, value in given.items() if any(fnmatchcase(one, pattern) for one in both)]
             if not own:
                 raise ValueError(
                     f'`strength` has no pattern for the gates of {name!r}, only {list(given)}. Add "*" as the last.'

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from lightning_prune.errors import PruningError
 from lightning_prune.estimators import check_temperature, logistic_noise, relax
@@ -59,11 +60,17 @@ class Bernoulli(Gate):
         super().__init__(*shape, drop_rate=drop_rate, guarded=guarded)
         self.temperature = temperature
         self.momentum = momentum
-        self.register_buffer("second_noise", torch.zeros(shape, dtype=torch.float32), persistent=False)
+        self.second_noise = torch.zeros(shape, dtype=torch.float32)
         self.register_buffer("slope", torch.zeros(shape, dtype=torch.float32))
         self.register_buffer("offset", torch.zeros((), dtype=torch.float32))
         self._drawn: Tensor | None = None
         self._drawn_from = self.noise
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.second_noise = fn(self.second_noise)
+        return self
 
     @property
     @override

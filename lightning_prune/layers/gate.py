@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from math import log
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from lightning_prune.estimators import logistic_noise
 
@@ -54,8 +55,15 @@ class Gate(nn.Module, ABC):
         self.drop_rate = drop_rate
         self.guarded = guarded
         self.log_alpha = nn.Parameter(torch.empty(shape, dtype=torch.float32))
-        self.register_buffer("noise", torch.zeros(shape, dtype=torch.float32), persistent=False)
+        self.noise = torch.zeros(shape, dtype=torch.float32)  # no buffer: averaged copies (EMA) must not average it
         self.reset_parameters()
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the noise along."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.noise = fn(self.noise)
+        return self
 
     def reset_parameters(self) -> None:
         """Draw log_alpha from N(log((1 - p) / p), 0.01^2), by torch's own generator."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from lightning_prune.layers.gate import Gate
 
@@ -34,10 +34,17 @@ class Reading(nn.Module):
         self, channels: Sequence[Gate], index: Tensor, inputs: Gate | None = None, weights: Gate | None = None
     ) -> None:
         super().__init__()
-        self.register_buffer("index", index, persistent=False)
+        self.index = index  # no buffer: averaged copies (EMA) must not average it
         self.channels = tuple(channels)
         self._own = (inputs, weights)  # in a tuple, since a module that is an attribute would be registered
         self._is_whole = self._has_all_in_order()
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the index along."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.index = fn(self.index)
+        return self
 
     @property
     def inputs(self) -> Gate | None:
@@ -84,11 +91,16 @@ class Reading(nn.Module):
             mask &= spread(layer, weight, self.inputs.is_open())
         return mask if self.weights is None else mask & self.weights.is_open()
 
-    def renumber(self) -> None:
-        """Count anew after a cut, in which some places and some channels of each gate have gone."""
-        left = self.index.unique()
+    def renumber(self, inputs: Tensor | None) -> None:
+        """Count anew after a cut, in which some places and with them some channels of each gate have gone.
+
+        Args:
+            inputs: The channels of the layer's input that have stayed; None for all.
+        """
+        index = self.index if inputs is None else self.index[inputs.to(self.index.device)]
+        left = index.unique()
         left = left[left > 0]
-        self.restore(torch.where(self.index > 0, torch.searchsorted(left, self.index) + 1, 0))
+        self.restore(torch.where(index > 0, torch.searchsorted(left, index) + 1, 0))
 
     def restore(self, index: Tensor) -> None:
         """Set the index."""
@@ -129,13 +141,17 @@ def spread(layer: nn.Module, weight: Tensor, along: Tensor) -> Tensor:
 
 
 class _Gated(nn.Module):
-    """A layer whose weight is multiplied by what gates let through."""
+    """A layer whose weight, or input, is multiplied by what gates let through: whichever is smaller."""
 
     weight: Tensor
 
-    def gated_weight(self) -> Tensor:
+    def gated(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return input and weight, one of them gated."""
         reading: Reading = self.__dict__[READING]
-        return self.weight * reading.of_weight(self, self.weight, self.training).to(self.weight.dtype)
+        if reading.weights is None and inputs.numel() < self.weight.numel():
+            factor = _beside(reading.of_input(self.training), inputs, self)
+            return inputs * factor.to(inputs.dtype), self.weight
+        return inputs, self.weight * reading.of_weight(self, self.weight, self.training).to(self.weight.dtype)
 
 
 class GatedLinear(_Gated, nn.Linear):
@@ -143,7 +159,7 @@ class GatedLinear(_Gated, nn.Linear):
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.gated_weight(), self.bias)
+        return F.linear(*self.gated(input), self.bias)
 
 
 class GatedConv1d(_Gated, nn.Conv1d):
@@ -151,7 +167,7 @@ class GatedConv1d(_Gated, nn.Conv1d):
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = self._conv_forward(input, self.gated_weight(), self.bias)
+        output: Tensor = self._conv_forward(*self.gated(input), self.bias)
         return output
 
 
@@ -160,7 +176,7 @@ class GatedConv2d(_Gated, nn.Conv2d):
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = self._conv_forward(input, self.gated_weight(), self.bias)
+        output: Tensor = self._conv_forward(*self.gated(input), self.bias)
         return output
 
 
@@ -169,7 +185,7 @@ class GatedConv3d(_Gated, nn.Conv3d):
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = self._conv_forward(input, self.gated_weight(), self.bias)
+        output: Tensor = self._conv_forward(*self.gated(input), self.bias)
         return output
 
 
@@ -210,12 +226,13 @@ def _beside(factor: Tensor, inputs: Tensor, layer: nn.Module) -> Tensor:
         RuntimeError: There are other rows than examples.
     """
     behind = len(layer.kernel_size) if isinstance(layer, _ConvNd) else 0
-    between = inputs.dim() - 2 - behind
     if factor.dim() == 1:
         return factor.view(-1, *(1,) * behind)
-    if between < 0 or factor.shape[0] != inputs.shape[0]:
+    before = 0 if getattr(layer, "batch_first", True) else 1
+    between = inputs.dim() - 2 - behind - before
+    if between < 0 or factor.shape[0] != inputs.shape[before]:
         raise RuntimeError(
             f"A gate has a sample for each of {factor.shape[0]} examples, and a {type(layer).__name__} reads an input "
             f"of shape {tuple(inputs.shape)}. Take one sample per batch: per_example=False."
         )
-    return factor.view(factor.shape[0], *(1,) * between, -1, *(1,) * behind)
+    return factor.view(*(1,) * before, factor.shape[0], *(1,) * between, -1, *(1,) * behind)

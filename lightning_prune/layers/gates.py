@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from typing_extensions import override
 
 from lightning_prune.chance import random_state_kept
 from lightning_prune.errors import HistoryError, PruningError
@@ -31,6 +34,7 @@ KEY = "pruning_gates"
 """Under this name the gates are a child of the network, and their layout lies in a checkpoint."""
 
 _ASIDE = "_pruning_gates_aside"
+_NESTS = "_pruning_gates_nests"
 _KINDS: Mapping[str, type[Gate]] = {"hard_concrete": HardConcrete, "bernoulli": Bernoulli}
 _PLAIN = {gated: plain for plain, gated in GATED.items()}
 
@@ -51,6 +55,11 @@ class Gates(nn.Module):
         self.gates = nn.ModuleDict({_key(name): gate for name, gate in gates.items()})
         self.readings = nn.ModuleDict({_key(name): reading for name, reading in readings.items()})
         self.per_example = per_example
+
+    @override
+    def forward(self, x: Any) -> Any:
+        """Hand on what comes: a `Sequential` takes all of its children for layers."""
+        return x
 
     def named(self) -> dict[str, Gate]:
         """Return the gates by name."""
@@ -79,33 +88,33 @@ class Gates(nn.Module):
 
         Returns:
             Name of a tensor in the network -> dimension -> positions.
+
+        Raises:
+            PruningError: Readers of the same gate keep different channels, as with `trunks="selected"`.
         """
         names = {id(tensor): name for name, tensor in named_tensors(model).items()}
         layers = named_modules(model)
         found: dict[str, Mapping[int, Tensor]] = {}
+        left: dict[Gate, Tensor] = {}
         for name, reading in self.read_by().items():
             weight = getattr(layers[name], weight_name(layers[name]))
             dims = kept.get(names[id(weight)], {})
-            inputs = _of_all_parts(layers[name], weight, dims)
+            inputs = _of_all_parts(layers[name], weight.shape, dims)
             if inputs is not None:
-                found[f"readings.{_key(name)}.index"] = {0: inputs}
                 own = () if reading.inputs is None else self._tensors(reading.inputs)
                 found.update({tensor: {0: inputs} for tensor in own})
-                found.update(self._kept_channels(reading, inputs))
+            for gate, channels in _kept_channels(reading, inputs):
+                if not torch.equal(left.setdefault(gate, channels), channels):
+                    raise PruningError(
+                        f"{name} would keep other channels than the layers that read the same gates. Take the gates "
+                        'off before (`lightning_prune.gates.fold`), or cut with trunks="whole".'
+                    )
             if dims and reading.weights is not None:
                 found.update(dict.fromkeys(self._tensors(reading.weights), dims))
+        for gate, channels in left.items():
+            if len(channels) < gate.log_alpha.numel():
+                found.update({tensor: {0: channels} for tensor in self._tensors(gate)})
         return {f"{KEY}.{name}": dims for name, dims in found.items()}
-
-    def _kept_channels(self, reading: Reading, inputs: Tensor) -> Iterator[tuple[str, Mapping[int, Tensor]]]:
-        """Yield what stays of the gates of the channels that a layer reads."""
-        left = reading.index.cpu()[inputs].unique()
-        start = 1
-        for gate in reading.channels:
-            size = gate.log_alpha.numel()
-            own = left[(left >= start) & (left < start + size)] - start
-            start += size
-            if len(own) < size:
-                yield from ((tensor, {0: own}) for tensor in self._tensors(gate))
 
     def _tensors(self, gate: Gate) -> list[str]:
         """Name the tensors of a gate that have an entry for each of its places."""
@@ -113,14 +122,23 @@ class Gates(nn.Module):
         saved = gate.state_dict(keep_vars=True)
         return [f"gates.{key}.{name}" for name, value in saved.items() if value.shape == gate.log_alpha.shape]
 
-    def settle(self) -> Callable[[], None]:
-        """Let samples and numbering follow a cut that has been done; return what takes it back."""
+    def settle(self, model: nn.Module, kept: Kept, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[], None]:
+        """Let samples and numbering follow a cut that has been done; return what takes it back.
+
+        Args:
+            model: The network, after the cut.
+            kept: What has stayed of its tensors.
+            shapes: The shapes that these had.
+        """
+        names = {id(tensor): name for name, tensor in named_tensors(model).items()}
+        layers = named_modules(model)
         noise = {gate: gate.noise for gate in self.named().values()}
         indices = {reading: reading.index for reading in self.read_by().values()}
         for gate in noise:
             gate.noise = torch.zeros_like(gate.log_alpha.detach())
-        for reading in indices:
-            reading.renumber()
+        for layer, reading in self.read_by().items():
+            weight = names[id(getattr(layers[layer], weight_name(layers[layer])))]
+            reading.renumber(_of_all_parts(layers[layer], shapes.get(weight, ()), kept.get(weight, {})))
 
         def undo() -> None:
             for gate, before in noise.items():
@@ -142,7 +160,8 @@ def attach(model: nn.Module, gates: Gates) -> None:
     """Put gates on a model.
 
     Layers whose weight can be multiplied become their gated twins; of all others, and with a sample for each example,
-    the input is multiplied, by a forward pre-hook. No name and no parameter of the model changes.
+    the input is multiplied, by a forward pre-hook. No name and no parameter of the model changes. A
+    `TransformerEncoder` packs no padded sequences meanwhile: it does so for a fused kernel that passes layers by.
 
     Raises:
         PruningError: It has gates already.
@@ -152,6 +171,9 @@ def attach(model: nn.Module, gates: Gates) -> None:
         raise PruningError("The model is gated already. Let one callback gate it, or close the gates first.")
     layers = named_modules(model)
     model.add_module(KEY, gates)
+    for layer in layers.values():
+        if isinstance(layer, nn.TransformerEncoder):
+            layer.__dict__[_NESTS], layer.use_nested_tensor = layer.use_nested_tensor, False
     for name, reading in gates.read_by().items():
         layer = layers[name]
         layer.__dict__[READING] = reading
@@ -175,6 +197,8 @@ def detach(model: nn.Module) -> Gates | None:
             if type(layer) in _PLAIN:
                 layer.__class__ = _PLAIN[type(layer)]
             _take_off_hooks(layer)
+        if _NESTS in layer.__dict__:
+            layer.use_nested_tensor = layer.__dict__.pop(_NESTS)
     return gates
 
 
@@ -200,10 +224,10 @@ def exchange(model: nn.Module, gates: Gates | None) -> Callable[[], None]:
     return undo
 
 
-def settle(model: nn.Module) -> Callable[[], None]:
-    """Let the gates of a model follow a cut that has been done; return what takes it back."""
+def settle(model: nn.Module, kept: Kept, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[], None]:
+    """Let the gates of a model follow a cut that has been done (see `Gates.settle`); return what takes it back."""
     gates = gates_of(model)
-    return gates.settle() if gates is not None else lambda: None
+    return gates.settle(unwrapped(model), kept, shapes) if gates is not None else lambda: None
 
 
 @contextmanager
@@ -260,7 +284,7 @@ def unpack(packed: object, model: nn.Module) -> Gates | None:
         return None
     try:
         return _unpacked(packed, named_modules(unwrapped(model)))
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise HistoryError(
             f"The gates do not fit the model, or are damaged ({type(error).__name__}: {str(error)[:200]}). Build the "
             "model with the arguments that it was trained with, and load a checkpoint of that training."
@@ -270,23 +294,30 @@ def unpack(packed: object, model: nn.Module) -> Gates | None:
 def _unpacked(packed: Any, layers: Mapping[str, nn.Module]) -> Gates:
     if type(packed) is not dict or packed.keys() != {"gates", "readings", "per_example"}:
         raise TypeError("no gates with readings")
-    gates = {str(name): _gate(**plain) for name, plain in packed["gates"].items()}
+    if type(packed["per_example"]) is not bool:
+        raise TypeError("nothing says whether each example has a sample")
+    most = max((tensor.numel() for layer in layers.values() for tensor in layer.parameters(False)), default=0)
+    gates = {str(name): _gate(most, **plain) for name, plain in packed["gates"].items()}
     readings = {}
     for name, plain in packed["readings"].items():
         channels = [gates[gate] for gate in plain["channels"]]
         own = [None if plain[key] is None else gates[plain[key]] for key in ("inputs", "weights")]
         readings[name] = Reading(channels, _checked_index(plain["index"], channels), *own)
         _check_fit(name, readings[name], layers[name])
-    return Gates(gates, readings, per_example=bool(packed["per_example"]))
+    return Gates(gates, readings, per_example=packed["per_example"])
 
 
-def _gate(kind: str, shape: Sequence[int], **settings: Any) -> Gate:
+def _gate(most: int, kind: str, shape: Sequence[int], **settings: Any) -> Gate:
+    if prod(shape) > most:
+        raise ValueError(f"a gate has the shape {shape}, and no weight is as large")
     with random_state_kept():
         return _KINDS[kind](*shape, **settings)
 
 
 def _checked_index(index: object, channels: Sequence[Gate]) -> Tensor:
     count = sum(gate.log_alpha.numel() for gate in channels)
+    if any(len(gate.shape) != 1 for gate in channels):
+        raise ValueError("gates of channels stand in no row")
     if type(index) is not Tensor or index.dtype is not torch.int64 or index.dim() != 1:
         raise TypeError("an index is no row of whole numbers")
     if len(index) and not (int(index.min()) >= 0 and int(index.max()) <= count):
@@ -299,7 +330,10 @@ def _check_fit(name: str, reading: Reading, layer: nn.Module) -> None:
 
     Raises:
         ValueError: It has other sizes.
+        TypeError: No input of this layer can be gated.
     """
+    if not isinstance(layer, (nn.Linear, _ConvNd, nn.MultiheadAttention)):
+        raise TypeError(f"{name!r} is a {type(layer).__name__}, which reads no gated channels")
     weight = getattr(layer, weight_name(layer))
     width = weight.shape[input_dim(layer)] * convolution_groups(layer)
     if len(reading.index) != width:
@@ -309,18 +343,31 @@ def _check_fit(name: str, reading: Reading, layer: nn.Module) -> None:
             raise ValueError(f"a gate of {name!r} has the shape {tuple(gate.log_alpha.shape)} in place of {shape}")
 
 
-def _of_all_parts(layer: nn.Module, weight: Tensor, dims: Mapping[int, Tensor]) -> Tensor | None:
-    """Return the channels of a layer's input that stay; None for all."""
+def _kept_channels(reading: Reading, inputs: Tensor | None) -> Iterator[tuple[Gate, Tensor]]:
+    """Yield which channels stay of each gate that a layer reads through, from what stays of its input."""
+    index = reading.index.cpu()
+    left = (index if inputs is None else index[inputs]).unique()
+    start = 1
+    for gate in reading.channels:
+        size = gate.log_alpha.numel()
+        yield gate, left[(left >= start) & (left < start + size)] - start
+        start += size
+
+
+def _of_all_parts(layer: nn.Module, shape: Sequence[int], dims: Mapping[int, Tensor]) -> Tensor | None:
+    """Return the channels of a layer's input that stay of a weight of some shape; None for all."""
     inputs = dims.get(input_dim(layer))
     if inputs is None:
         return None
-    width = weight.shape[input_dim(layer)]
+    width = shape[input_dim(layer)]
     return torch.cat([inputs.cpu() + part * width for part in range(convolution_groups(layer))])
 
 
 def _key(name: str) -> str:
-    return name.replace(".", "/")
+    """Write a name as the key of a `ModuleDict`: without dots, not empty, and no attribute that it has."""
+    key = name.replace("~", "~0").replace("/", "~1").replace(".", "/")
+    return key if key and not hasattr(nn.ModuleDict(), key) else f"{key}/"
 
 
 def _name(key: str) -> str:
-    return key.replace("/", ".")
+    return key.removesuffix("/").replace("/", ".").replace("~1", "/").replace("~0", "~")
