@@ -8,8 +8,8 @@ from itertools import pairwise, product
 import pytest
 import torch
 from difficult_layers import CLASSES, conv, tied
+from gated_networks import set_all
 from proof import Net, randomise
-from test_gates import set_all
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 

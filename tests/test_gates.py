@@ -1,193 +1,48 @@
-"""Gates in a network: a closed one is a removed channel, both routes agree, and copies, files and cuts keep them."""
+"""Gates in a network: a closed one is a removed channel, both routes agree, and cuts keep them."""
 
 from __future__ import annotations
 
 import copy
-import pickle
-from collections.abc import Callable, Mapping
 from contextlib import suppress
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from difficult_layers import conv, encoder_layer, square, tied, tokens
+from difficult_layers import conv, square, tokens
 from difficulties import DIFFICULTIES
+from gated_networks import (
+    CHANNELS,
+    EQUAL,
+    EXACT,
+    NETS,
+    assert_no_trace,
+    assert_shut_is_removed,
+    close,
+    draw_alike,
+    each_net,
+    gated,
+    gates_in,
+    gradients,
+    made,
+    set_gates,
+    transformer,
+)
 from hypothesis import HealthCheck, given, settings
 from proof import Net, outputs, randomise, relative_error
 from random_networks import STARTS, RandomNetwork, Recipe, recipes
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from lightning_prune import find_groups, history_of, load_pruned, prune, save_pruned
-from lightning_prune.allocation import Zeros
-from lightning_prune.criteria import GateValue, Magnitude
+from lightning_prune import find_groups, history_of, prune
+from lightning_prune.criteria import Magnitude
 from lightning_prune.cut import Cut, Offsets
-from lightning_prune.errors import HistoryError, NothingToPruneError, PruningError, ScoreError
+from lightning_prune.errors import NothingToPruneError, PruningError, ScoreError
 from lightning_prune.gates import GateGranularity, choose, fold
 from lightning_prune.graph import read
 from lightning_prune.layers import HardConcrete
-from lightning_prune.layers.gated import GATED, READING, GatedLinear
-from lightning_prune.layers.gates import KEY, Gates, attach, detach, exchange, gates_of, pack, ungated, unpack
+from lightning_prune.layers.gated import GATED
+from lightning_prune.layers.gates import KEY, attach, detach, gates_of, ungated
 from lightning_prune.surgery import Undo
 from lightning_prune.witnesses import watch
-
-CHANNELS: Mapping[str, GateGranularity] = {"*": "channels"}
-LOGITS = torch.tensor([-4.0, -1.0, 0.5, 4.0])
-"""A gate that is shut, two that let through a part, and one that is open."""
-
-EXACT = 1e-12
-
-
-def is_mixing(name: str) -> bool:
-    """Tell whether a network of difficulties.py mixes channels by a norm, or sums them up, so that none is gated."""
-    norms = ("groupnorm", "layernorm", "ln", "rmsnorm", "l2norm", "mixer")
-    return name.startswith((*norms, "spectral_norm", "cbam", "gram"))
-
-
-EQUAL = [
-    name
-    for name in DIFFICULTIES
-    if not is_mixing(name) and name not in ("functional_conv", "lstm", "gru", "ckpt", "dyn_flow")
-]
-
-
-class Blocks(nn.Module):
-    """A residual trunk with depthwise, grouped and transposed layers, a concat, and a flatten before the head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm = conv(2, 6), nn.BatchNorm2d(6)
-        self.wide, self.depthwise, self.narrow = conv(6, 12, 1), conv(12, 12, groups=12), conv(12, 6, 1)
-        self.grouped, self.up = conv(6, 8, groups=2), nn.ConvTranspose2d(8, 5, 2, stride=2)
-        self.head = nn.Linear(11 * 4, 3)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.norm(self.stem(images)).relu()
-        x = x + self.narrow(F.relu6(self.depthwise(self.wide(x))))
-        y = F.max_pool2d(self.up(self.grouped(x).relu()).relu(), 2)
-        logits: Tensor = self.head(F.adaptive_avg_pool2d(torch.cat([x, y], 1), 2).flatten(1))
-        return logits
-
-
-class Volumes(nn.Module):
-    """A 1d convolution and a 3d one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.head = nn.Conv1d(2, 6, 3), nn.Conv3d(6, 5, 1), nn.Linear(5 * 4, 3)
-        self.again = nn.Conv3d(5, 5, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.first(x.flatten(2)).relu()[..., :16].unflatten(2, (4, 2, 2))
-        y = self.again(self.second(y).relu()).relu()
-        return self.head(y.mean((3, 4)).flatten(1))  # type: ignore[no-any-return]
-
-
-def perceptron() -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(72, 9), nn.ReLU(), nn.Linear(9, 7), nn.GELU(), nn.Linear(7, 3))
-
-
-def attention() -> nn.Module:
-    def run(net: Net, x: Tensor) -> Tensor:
-        y = net.a(x)
-        return net.head(net.attend(y, y, value=y, need_weights=False)[0] + y)  # type: ignore[no-any-return]
-
-    return Net(run, a=nn.Linear(5, 8), attend=nn.MultiheadAttention(8, 2, batch_first=True), head=nn.Linear(8, 3))
-
-
-def transformer() -> nn.Module:
-    encoder = nn.TransformerEncoder(encoder_layer(16), 2)
-
-    def run(net: Net, x: Tensor, padded: Tensor | None = None) -> Tensor:
-        return net.head(net.encoder(net.a(x), src_key_padding_mask=padded))  # type: ignore[no-any-return]
-
-    return Net(run, a=nn.Linear(5, 16), encoder=encoder, head=nn.Linear(16, 3))
-
-
-IMAGES, TOKENS = (3, 2, 6, 6), (3, 4, 5)
-NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "blocks": (Blocks, IMAGES),
-    "volumes": (Volumes, IMAGES),
-    "perceptron": (perceptron, IMAGES),
-    "attention": (attention, TOKENS),
-    "tied": (lambda: tied(8), TOKENS),
-}
-each_net = pytest.mark.parametrize("name", list(NETS))
-
-
-def made(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor]:
-    build, shape = NETS[name]
-    return randomise(build().to(dtype)).eval(), torch.randn(shape, dtype=dtype)
-
-
-def set_gates(model: nn.Module, seed: int = 0) -> None:
-    """Set the gates of a model at random."""
-    set_all(gates_in(model), seed)
-
-
-def set_all(gates: Gates, seed: int = 0) -> None:
-    """Shut some gates, at least one of each, and leave others half or wholly open."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for gate in gates.named().values():
-            values = LOGITS[torch.randint(0, len(LOGITS), gate.shape, generator=generator)]
-            values.flatten()[0] = LOGITS[0]
-            values.flatten()[-1] = LOGITS[2]
-            gate.log_alpha.copy_(values)
-
-
-def gates_in(model: nn.Module) -> Gates:
-    gates = gates_of(model)
-    assert gates is not None
-    return gates
-
-
-def gated(model: nn.Module, x: Tensor, granularity: Mapping[str, GateGranularity] = CHANNELS, **how: Any) -> nn.Module:
-    """Put gates on a model and set them at random."""
-    attach(model, choose(model, read(model, x), granularity, HardConcrete, **how).gates)
-    set_gates(model)
-    return model
-
-
-def close(model: nn.Module, x: Tensor) -> None:
-    """Cut what has closed, if it can be cut."""
-    how: dict[str, Any] = {"criterion": GateValue(), "allocation": Zeros(), "constants": "drop"}
-    prune(model, x, pruning_ratio=0.0, **how)
-
-
-def assert_shut_is_removed(model: nn.Module, x: Tensor, tolerance: float = EXACT, events: int = 2) -> None:
-    """Outputs stay what they were, whatever is cut and folded."""
-    dense, names = outputs(model, x), list(model.state_dict())
-    parameters = dict(model.named_parameters())
-    gated(model, x)
-    kinds = set(gates_in(model).named().values())
-    for event in range(events):
-        set_gates(model, event)
-        before = outputs(model, x)
-        try:
-            close(model, x)
-        except NothingToPruneError:
-            assert event, "there are gates, and no channel can be cut"
-        assert relative_error(outputs(model, x), before) <= tolerance
-    assert kinds == set(gates_in(model).named().values())
-    assert max(relative_error([new], [old]) for new, old in zip(before, dense, strict=True)) > 1e-6
-    fold(model)
-    assert relative_error(outputs(model, x), before) <= tolerance
-    assert list(model.state_dict()) == names
-    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
-    assert_no_trace(model)
-
-
-def assert_no_trace(model: nn.Module) -> None:
-    assert gates_of(model) is None
-    for module in model.modules():
-        assert READING not in module.__dict__
-        assert type(module) not in GATED.values()
-        assert not module._forward_pre_hooks
-        assert not module._forward_pre_hooks_with_kwargs
-        assert not [key for key in module.__dict__ if "pruning_gates" in key]
 
 
 @each_net
@@ -265,20 +120,6 @@ def test_a_sequential_runs_with_gates_as_a_child() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     gated(model, torch.zeros(1, 4))
     assert model(torch.zeros(3, 4)).shape == (3, 2)
-
-
-def draw_alike(model: nn.Module, examples: int, seed: int = 3) -> None:
-    """Draw one sample of all gates, and give it to each example where it has one of its own."""
-    gates = gates_in(model)
-    for name, gate in gates.named().items():
-        gate.draw(torch.Generator().manual_seed(seed + len(name)))
-        if gates.per_example:
-            gate.noise = gate.noise.expand(examples, *gate.shape).clone()
-
-
-def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    model(x).square().sum().backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 @each_net
@@ -501,26 +342,6 @@ def test_a_cut_that_fails_leaves_all_as_it_was(name: str) -> None:
     assert relative_error(outputs(model.train(), x), sampled) == 0
 
 
-@each_net
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_have_gates_of_their_own(name: str, copied: Callable[[nn.Module], nn.Module]) -> None:
-    model, x = made(name)
-    if copied is not copy.deepcopy and isinstance(model, Net):
-        pytest.skip("a lambda cannot be pickled")
-    gated(model, x)
-    twin, before = copied(model), outputs(model, x)
-    assert relative_error(outputs(twin, x), before) == 0
-    set_gates(twin, 7)
-    assert relative_error(outputs(twin, x), before) > 1e-6
-    assert relative_error(outputs(model, x), before) == 0
-    now = outputs(twin, x)
-    close(twin, x)
-    assert relative_error(outputs(twin, x), now) <= EXACT
-    fold(twin)
-    assert relative_error(outputs(twin, x), now) <= EXACT
-    assert relative_error(outputs(model, x), before) == 0
-
-
 def test_gates_follow_a_change_of_type() -> None:
     model, x = made("blocks", torch.float32)
     gated(model, x)
@@ -530,175 +351,6 @@ def test_gates_follow_a_change_of_type() -> None:
     model.bfloat16()
     assert outputs(model, x.bfloat16())[0].dtype is torch.bfloat16
     assert all(reading.index.dtype is torch.int64 for reading in gates_in(model).read_by().values())
-
-
-@each_net
-def test_a_state_dict_goes_round(name: str) -> None:
-    (model, x), (other, _) = made(name), made(name)
-    gated(model, x)
-    gated(other, x)
-    set_gates(other, 9)
-    result = other.load_state_dict(model.state_dict())
-    assert not result.missing_keys
-    assert not result.unexpected_keys
-    assert relative_error(outputs(other, x), outputs(model, x)) == 0
-    plain = [key for key in model.state_dict() if not key.startswith(f"{KEY}.gates.")]
-    assert plain == list(made(name)[0].state_dict())
-
-
-@each_net
-@pytest.mark.parametrize("per_example", [False, True])
-def test_gates_go_through_a_file(name: str, per_example: bool, tmp_path: Path) -> None:
-    (model, x), (dense, _) = made(name), made(name)
-    gated(model, x, per_example=per_example)
-    close(model, x)
-    set_gates(model, 4)
-    torch.save(pack(gates_in(model)), tmp_path / "gates.pt")
-    packed = torch.load(tmp_path / "gates.pt", weights_only=True)
-    if name != "attention":  # whose width follows its heads, so that nothing could go
-        with pytest.raises(HistoryError, match="which reads"):
-            unpack(packed, dense)  # of other widths
-    save_pruned(model, tmp_path / "model.pt")
-    for target in (dense, gated(made(name)[0], x), gated(made(name)[0], x, per_example=True), copy.deepcopy(model)):
-        load_pruned(target, tmp_path / "model.pt")
-        assert relative_error(outputs(target, x), outputs(model, x)) == 0
-        assert gates_in(target).per_example is per_example
-        assert history_of(target) == history_of(model)
-    fold(dense)
-    fold(model)
-    assert relative_error(outputs(dense, x), outputs(model, x)) == 0
-    save_pruned(model, tmp_path / "folded.pt")
-    load_pruned(dense, tmp_path / "folded.pt")
-    assert gates_of(dense) is None
-
-
-def damage(packed: dict[str, Any], *path: str, value: object = None) -> dict[str, Any]:
-    """Change one entry of packed gates; take it out where there is no value."""
-    place: Any = packed
-    for key in path[:-1]:
-        place = place[key]
-    if value is None:
-        del place[path[-1]]
-    else:
-        place[path[-1]] = value
-    return packed
-
-
-INDEX = ("readings", "3", "index")
-NO_GATES = {"channels": [], "index": torch.zeros(4).long(), "inputs": None, "weights": None}
-DAMAGES: dict[str, tuple[tuple[str, ...], object]] = {
-    "no gates": (("gates",), None),
-    "no list": (("gates",), 3),
-    "no readings": (("readings",), None),
-    "no mode": (("per_example",), None),
-    "wrong mode": (("per_example",), torch.ones(2)),
-    "a gate is missing": (("gates", "1"), None),
-    "no kind": (("gates", "1", "kind"), None),
-    "unknown kind": (("gates", "1", "kind"), "sharp"),
-    "unknown setting": (("gates", "1", "colour"), 1),
-    "impossible setting": (("gates", "1", "beta"), -1.0),
-    "setting of another type": (("gates", "1", "drop_rate"), "half"),
-    "other shape": (("gates", "1", "shape"), [8]),
-    "two dimensions": (("gates", "1", "shape"), [3, 3]),
-    "negative shape": (("gates", "1", "shape"), [-9]),
-    "shape of floats": (("gates", "1", "shape"), [9.0]),
-    "huge shape": (("gates", "1", "shape"), [10**11]),
-    "endless shape": (("gates", "1", "shape"), [10**40]),
-    "no index": (INDEX, None),
-    "index out of range": (INDEX, torch.arange(1, 10) + 5),
-    "negative index": (INDEX, torch.arange(1, 10) - 5),
-    "index of floats": (INDEX, torch.arange(1.0, 10.0)),
-    "index in columns": (INDEX, torch.arange(1, 10).view(3, 3)),
-    "short index": (INDEX, torch.arange(1, 8)),
-    "list for an index": (INDEX, [1, 2, 3]),
-    "unknown channels": (("readings", "3", "channels"), ["x"]),
-    "unknown layer": (("readings", "9"), NO_GATES | {"index": torch.zeros(3).long()}),
-    "no layer with weights": (("readings", "2"), NO_GATES | {"index": torch.zeros(3).long()}),
-    "layer that makes, not reads": (("readings", "0"), NO_GATES),
-    "input gate of another width": (("readings", "3", "inputs"), "3"),
-    "weight gate of another shape": (("readings", "3", "weights"), "1"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", list(DAMAGES))
-def test_damaged_gates_are_refused(what: str, tmp_path: Path) -> None:
-    path, value = DAMAGES[what]
-    model, x = made("perceptron")
-    gated(model, x)
-    save_pruned(model, tmp_path / "model.pt")
-    held = torch.load(tmp_path / "model.pt", weights_only=True)
-    damage(held, KEY, *path, value=value)
-    torch.save(held, tmp_path / "damaged.pt")
-    for target in (gated(made("perceptron")[0], x), made("perceptron")[0]):
-        before, state = outputs(target, x), list(target.state_dict())
-        with pytest.raises(HistoryError, match="gates do not fit the model, or are damaged"):
-            load_pruned(target, tmp_path / "damaged.pt")
-        assert relative_error(outputs(target, x), before) == 0
-        assert list(target.state_dict()) == state
-
-
-def test_a_layout_on_a_layer_that_reads_nothing_is_refused() -> None:
-    model = nn.Sequential(nn.Embedding(4, 5), nn.Linear(5, 3), nn.BatchNorm1d(3))
-    for name, width in (("0", 5), ("2", 3)):
-        plain = {"channels": [], "index": torch.zeros(width).long(), "inputs": "g", "weights": None}
-        packed = {"gates": {"g": {"kind": "hard_concrete", "shape": [width]}}, "readings": {name: plain}}
-        with pytest.raises(HistoryError, match="damaged"):
-            unpack({**packed, "per_example": False}, model)
-
-
-@pytest.mark.parametrize("packed", [None, 3, [], {"gates": {}}, torch.ones(3), "gates"])
-def test_something_else_is_no_gates(packed: object) -> None:
-    with pytest.raises(HistoryError, match="no gates with readings"):
-        unpack(packed, nn.Linear(2, 2))
-    assert unpack({}, nn.Linear(2, 2)) is None
-    assert pack(None) == {}
-
-
-def test_an_exchange_can_be_taken_back() -> None:
-    model, x = made("blocks")
-    gated(model, x)
-    before, gates = outputs(model, x), gates_in(model)
-    undo = exchange(model, None)
-    assert gates_of(model) is None
-    undo()
-    other = choose(model, read(model, x), CHANNELS, HardConcrete).gates
-    undo = exchange(model, other)
-    assert gates_of(model) is other
-    undo()
-    assert gates_of(model) is gates
-    assert relative_error(outputs(model, x), before) == 0
-
-
-@pytest.mark.parametrize("name", ["keys", "values", "a/b", "a~1b", "pop", "gates"])
-def test_layers_may_have_any_name(name: str) -> None:
-    parts = {name: nn.Linear(4, 6), "end": nn.Linear(6, 2)}
-    model = Net(lambda net, x: net._modules["end"](net._modules[name](x).relu()), **parts)
-    model, x = model.eval(), torch.randn(3, 4)
-    attach(model, choose(model, read(model, x), {name: "inputs"}, HardConcrete).gates)
-    set_gates(model)
-    assert list(gates_in(model).read_by()) == [name]
-    assert list(gates_in(model).named()) == [f"{name}:inputs"]
-    before = outputs(model, x)
-    undo = exchange(model, unpack(pack(gates_in(model)), model))
-    undo()
-    assert relative_error(outputs(model, x), before) == 0
-    fold(model)
-    assert_shut_is_removed(model.double(), x.double())
-
-
-def test_a_single_layer_can_be_gated() -> None:
-    model, x = nn.Linear(4, 3).eval(), torch.randn(2, 4)
-    gated(model, x, {"*": "inputs"})
-    before = outputs(model, x)
-    assert type(model) is GatedLinear
-    assert list(model.state_dict()) == [
-        "weight",
-        "bias",
-        f"{KEY}.gates.:inputs.log_alpha",
-    ]
-    assert fold(model).masks["weight"].shape == (3, 4)
-    assert type(model) is nn.Linear
-    assert relative_error(outputs(model, x), before) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["blocks", "perceptron", "attention"])
@@ -726,18 +378,6 @@ def test_compiled_networks_hear_every_draw(name: str, per_example: bool) -> None
     assert relative_error([compiled(x).detach()], [twin(x).detach()]) < 1e-5
     assert gates_of(compiled) is gates_in(model)
     torch.compiler.reset()
-
-
-@pytest.mark.parametrize("name", ["blocks", "perceptron", "attention"])
-@pytest.mark.filterwarnings("ignore")
-def test_gated_and_folded_networks_are_exported(name: str) -> None:
-    model, x = made(name, torch.float32)
-    gated(model, x)
-    before = outputs(model, x)
-    assert relative_error(outputs(torch.export.export(model, (x,)).module(), x), before) < 1e-5
-    close(model, x)
-    fold(model)
-    assert relative_error(outputs(torch.export.export(model, (x,)).module(), x), before) < 1e-5
 
 
 def test_a_group_that_a_cut_has_redrawn_is_passed_over() -> None:
