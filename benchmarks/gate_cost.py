@@ -1,82 +1,103 @@
-"""What gates cost: a training step with a gate on every channel beside one of plain Lightning, in turns.
+"""What gates cost: training steps of one network with a gate on every channel and without gates, in turns.
 
-    python benchmarks/gate_cost.py [--model resnet50] [--rounds 5] [--steps 6] [--out gate_cost.json]
+    python benchmarks/gate_cost.py [--model resnet50] [--pairs 15] [--sizes 64,128,224] [--out gate_cost.json]
 
-Steps on 8 images, one thread: small images are the hard case, since gates are multiplied into weights
-and cost the same however large the images are. In each round both fits take the same number of steps, in an order that
-alternates; the first step of a fit warms up and does not count. Printed: medians of CPU time, and the median of the
-rounds' ratios with its quartiles.
+Steps of SGD with momentum on 8 images, one thread. Small images are the hard case: the penalty costs the same however
+large they are. A step draws the gates, runs forward and backward, adds the penalty's gradient, and moves parameters.
+Printed: medians of the CPU time, and the median of the pairs' ratios with its quartiles.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
 import time
-import warnings
-from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
 
-import lightning.pytorch as pl
 import torch
+import torch.nn.functional as F
 import torchvision
-from steps_on_noise import Classifier, Clock
+from torch import Tensor, nn
 
-from lightning_prune.callbacks import L0PruneCallback
+from lightning_prune.gates import Constraint, ExpectedL0, choose
+from lightning_prune.graph import read
+from lightning_prune.layers import HardConcrete
+from lightning_prune.layers.gates import attach, gates_of, ungated
 
-WAYS: dict[str, dict[str, Any]] = {
-    "per parameter": {"strength": 0.1},
-    "a target of MACs": {"pruning_ratio": 0.5, "of": "macs"},
-    "a sample per example": {"strength": 0.1, "per_example": True},
-}
-
-
-def fitted(net: torch.nn.Module, size: int, steps: int, *callbacks: pl.Callback) -> float:
-    """Train, and return the median CPU seconds of a step."""
-    clock = Clock(time.process_time)
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    trainer = pl.Trainer(max_steps=steps, accelerator="cpu", callbacks=[*callbacks, clock], **quiet)  # type: ignore[arg-type]
-    trainer.fit(Classifier(net, partial(torch.optim.SGD, lr=1e-3, momentum=0.9), steps, size))
-    return clock.step
+WAYS = ("per parameter", "a target of MACs", "a sample per example")
 
 
-def measured(name: str, way: str, size: int, rounds: int, steps: int) -> dict[str, list[float]]:
-    """Take both in turns."""
+class Steps:
+    """Takes steps of one network, with its gates and without."""
+
+    def __init__(self, name: str, way: str, size: int) -> None:
+        torch.manual_seed(0)
+        self.net: nn.Module = torchvision.models.get_model(name, weights=None)
+        self.images, self.labels = torch.randn(8, 3, size, size), torch.randint(1000, (8,))
+        graph = read(self.net, self.images)
+        gates = choose(self.net, graph, {"*": "channels"}, HardConcrete, per_example=way == WAYS[2]).gates
+        self.cost = ExpectedL0(self.net, graph, gates, "macs" if way == WAYS[1] else "params")
+        self.constraint = Constraint(0.5, 1000, 3.8) if way == WAYS[1] else None
+        attach(self.net, gates)
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=1e-3, momentum=0.9)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def _run(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(self.net(self.images), self.labels).backward()
+
+    def _pull(self) -> float | Tensor:
+        if self.constraint is None:
+            return 1e-6
+        gone = 1 - self.cost.tested(self.constraint.margin) / self.cost.present
+        return self.constraint.pull(gone) / self.cost.present
+
+    def gated(self) -> float:
+        """Return the CPU seconds of a step with gates."""
+        gates = gates_of(self.net)
+        assert gates is not None
+        start = time.process_time()
+        gates.draw(self.generator, len(self.images))
+        self._run()
+        self.cost.add_to_gradients(dict.fromkeys(self.cost.named, self._pull()))
+        self.optimizer.step()
+        for gate in self.cost.named.values():
+            gate.clamp_()
+        return time.process_time() - start
+
+    def plain(self) -> float:
+        """Return the CPU seconds of a step without."""
+        with ungated(self.net):
+            start = time.process_time()
+            self._run()
+            self.optimizer.step()
+            return time.process_time() - start
+
+
+def measured(name: str, way: str, size: int, pairs: int) -> dict[str, list[float]]:
+    """Take steps in turns, in an order that alternates; the first of each warms up."""
+    steps = Steps(name, way, size)
     found: dict[str, list[float]] = {"plain": [], "gated": []}
-    for at in range(rounds):
-        callback = L0PruneCallback(**WAYS[way], begin=10**6, every_n_steps=1, gate_lr=1e-3)
-        callback._check_reach = lambda *_: None  # type: ignore[method-assign]
-        runs = {"plain": (), "gated": (callback,)}
-        for which in sorted(runs, reverse=bool(at % 2)):
-            net = torchvision.models.get_model(name, weights=None)
-            found[which].append(fitted(net, size, steps, *runs[which]))
-    return found
+    for at in range(pairs + 1):
+        for which in sorted(found, reverse=bool(at % 2)):
+            found[which].append(getattr(steps, which)())
+    return {which: seconds[1:] for which, seconds in found.items()}
 
 
 def main() -> None:
     """Measure, and print medians, ratios and their spread."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet50")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--sizes", type=lambda text: [int(size) for size in text.split(",")], default=[64, 128])
+    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--sizes", type=lambda text: [int(size) for size in text.split(",")], default=[64, 128, 224])
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     results = {}
     for size in given.sizes:
         for way in WAYS:
-            found = results[f"{way}, {size} pixels"] = measured(given.model, way, size, given.rounds, given.steps)
+            found = results[f"{way}, {size} pixels"] = measured(given.model, way, size, given.pairs)
             ratios = [gated / plain for gated, plain in zip(found["gated"], found["plain"], strict=True)]
             low, _, high = quantiles(ratios, n=4)
             print(

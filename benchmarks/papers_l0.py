@@ -74,8 +74,8 @@ def halved(task: Task, bench: Bench, seed: int, *, callbacks: Callbacks) -> dict
 
 
 def l0(setting: Setting) -> list[pl.Callback]:
-    """Gates over the first half."""
-    return [L0PruneCallback(0.5, of="macs", begin=HALF)]
+    """Gates over the second third of the first half and over its last one: what is untrained cannot choose."""
+    return [L0PruneCallback(0.5, of="macs", drop_rate=0.1, start=HALF // 3, begin=HALF)]
 
 
 def slimming(setting: Setting) -> list[pl.Callback]:
