@@ -65,8 +65,7 @@ class L0PruneCallback(PruneCallback):
     N being the examples in the training data, or, with a ratio, multiplier * (asked - gone), whose multiplier is
     learned such that the test gates leave what is asked. At each event channels whose test gate is 0 are cut; at the
     last one, if these are too few for the ratio, the lowest of the others as well, and then what is left of the gates
-    is multiplied into the weights. Closed gates on inputs and weights become
-    masks, which are held from then on.
+    is multiplied into the weights. Closed gates on inputs and weights become masks, which are held from then on.
 
     Args:
         pruning_ratio: Fraction to be gone in the end, counted against the dense model, in (0, 1); or give `strength`.
