@@ -222,14 +222,14 @@ def test_follows_a_cut() -> None:
     course(optimizer, gate, gradients(4)), course(*whole[1:], gradients(4))
     gate.grad = None
     gate.data = gate.data[kept]
-    undo = steps.follow(gate, kept)
+    undo = steps.follow(gate, {0: kept})
     assert steps.state_dict()["squares"][0].shape == (2,)
     later = gradients(9)[4:]
     ours, all_three = course(optimizer, gate, [step[kept] for step in later]), course(*whole[1:], later)
     assert all(torch.equal(cut, full[kept]) for cut, full in zip(ours, all_three, strict=True))
     undo()
     assert steps.state_dict()["squares"][0].shape == (3,)
-    steps.follow(parameter(), kept)()  # not looked after
+    steps.follow(parameter(), {0: kept})()  # not looked after
 
 
 def test_a_cut_that_it_was_not_told_of_is_refused() -> None:
@@ -238,7 +238,7 @@ def test_a_cut_that_it_was_not_told_of_is_refused() -> None:
     with pytest.raises(PruningError, match=r"have the shape \(3,\), their parameter \(2,\); tell `follow`"):
         course(optimizer, gate, gradients(1, 2))
     with pytest.raises(PruningError, match="tell `follow` of each cut"):
-        steps.follow(gate, torch.tensor([1]))
+        steps.follow(gate, {0: torch.tensor([1])})
     assert steps.state_dict()["squares"][0].shape == (3,)
 
 

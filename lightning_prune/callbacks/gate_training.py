@@ -23,7 +23,7 @@ from lightning_prune.callbacks.masking import put_on
 from lightning_prune.callbacks.ranks import average_over_ranks, without_reducer
 from lightning_prune.callbacks.steady_steps import SteadySteps
 from lightning_prune.chance import random_state_kept
-from lightning_prune.cut import Cut, cut_tensor
+from lightning_prune.cut import Cut
 from lightning_prune.gates import Choice, GateSettings, choose, decay_gradients, fold
 from lightning_prune.graph import Graph, ignored_tensors
 from lightning_prune.layers import Bernoulli
@@ -179,11 +179,8 @@ class GateTraining:
 
     def follow(self, cut: Cut) -> None:
         """Let what is known of the gates' gradients follow a cut that has been done."""
-        names = [] if self._gates is None else [f"{KEY}.{name}" for name, _ in self._gates.named_parameters()]
-        known = self.steady.state_dict()
-        for key, tensors in known.items():  # none, where the optimizer is steady by itself
-            known[key] = [cut_tensor(each, cut.kept.get(name, {})) for name, each in zip(names, tensors, strict=False)]
-        self.steady.load_state_dict(known)
+        for name, gate in () if self._gates is None else self._gates.named_parameters():
+            self.steady.follow(gate, cut.kept.get(f"{KEY}.{name}", {}))
 
     def take_off(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
         """Fold the gates into the weights, of the averaged copies too, and take them out of the optimizer.

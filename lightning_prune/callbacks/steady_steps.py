@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.callbacks.param_groups import at_last_moment, stand_in
+from lightning_prune.cut import cut_tensor
 from lightning_prune.errors import PruningError
 from lightning_prune.surgery import Undo
 
@@ -87,12 +88,12 @@ class SteadySteps:
         self._handle = None
         self._parameters, self._squares, self._weights = [], [], []
 
-    def follow(self, parameter: Parameter, kept: Tensor) -> Undo:
-        """Cut what is known of a parameter that has just been cut along its first dimension.
+    def follow(self, parameter: Parameter, kept: Mapping[int, Tensor]) -> Undo:
+        """Cut what is known of a parameter that has just been cut.
 
         Args:
             parameter: The parameter, with its new shape. One that is not looked after is passed over.
-            kept: The positions that stayed, of shape (k,).
+            kept: Dimension -> the positions that stayed, of shape (k,).
 
         Returns:
             What takes it back.
@@ -104,7 +105,7 @@ class SteadySteps:
         if place is None:
             return lambda: None
         before = self._squares[place], self._weights[place]
-        squares, weights = (tensor.index_select(0, kept.to(tensor.device)) for tensor in before)
+        squares, weights = (cut_tensor(tensor, kept) for tensor in before)
         _check_shape(squares, parameter)
         self._squares[place], self._weights[place] = squares, weights
 
