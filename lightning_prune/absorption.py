@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from lightning_prune.behind import Behind
 from lightning_prune.cut import Offsets
 from lightning_prune.emissions import Emissions
 from lightning_prune.fate import Fate
 from lightning_prune.graph import Graph
 from lightning_prune.handlers import Call
-from lightning_prune.handlers.normalization import is_batch_norm
 from lightning_prune.labels import LabelArray
 from lightning_prune.nodes import Emission
 from lightning_prune.steps import Run, Seen, Step
@@ -66,6 +66,7 @@ class _Found:
         self._run: Run = next(iter(graph.runs.values()))
         self._tensors = tensors
         self._modules = named_modules(model)
+        self._behind = Behind(self._run, tensors)
         self._emissions = Emissions(self._run, tensors, Fate(graph, plan))
         self._labels = {
             number: labels
@@ -136,23 +137,13 @@ class _Found:
     def _placed(self, step: Step, call: Call, weight: str, offset: Tensor) -> Iterator[tuple[tuple[str, str], Tensor]]:
         """Yield where a layer's offset goes, if there is a place for it."""
         bias = {aten.convolution: "bias", aten.addmm: "self"}.get(step.op.overloadpacket)
-        mean, name = self._running_mean_after(step), weight.rpartition(".")[0]
+        norm, name = self._behind.norm(step.results[0]), weight.rpartition(".")[0]
         if bias is not None and self._emissions.parameter(call[bias]) is not None:
             yield ("added", str(call[bias].origin)), offset
-        elif mean is not None:
-            yield ("added", mean), -offset
+        elif norm is not None:
+            yield ("added", norm.running_mean), -offset
         elif self._can_have_bias(name, weight):
             yield ("bias", name), offset[self._emissions.stay(step.outputs[0][1][1], len(offset))]
-
-    def _running_mean_after(self, step: Step) -> str | None:
-        """Return the running mean of a BatchNorm that is the only one to read what a step returns."""
-        result = step.results[0]
-        readers = self._emissions.readers.get(result, [])
-        if len(readers) != 1 or result in self._run.returned or not is_batch_norm(self._run.steps[readers[0]].op):
-            return None
-        after = self._run.steps[readers[0]]
-        mean = Call(after.op, after.args, after.kwargs, None)["running_mean"]
-        return str(mean.origin) if self._emissions.parameter(mean) is not None else None
 
     def _can_have_bias(self, name: str, weight: str) -> bool:
         """Tell whether a module is one with room for a bias, whose weight nobody else has."""

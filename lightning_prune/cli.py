@@ -123,7 +123,11 @@ def sensitivity_from(config: DictConfig) -> Sensitivity:
 
 
 def classifier_from(config: DictConfig, data: MemoryImages) -> pl.LightningModule:
-    """Build the network that a config describes, with the weights of its seed."""
+    """Build the network that a config describes, with the weights of its seed or of a checkpoint.
+
+    Raises:
+        HistoryError: The checkpoint is none, or does not fit the model.
+    """
     pl.seed_everything(config.seed, verbose=False)
     sizes = {"in_channels": data.in_channels, "image_size": data.image_size, "num_classes": data.num_classes}
     net = instantiate(config.model, **sizes)
@@ -131,7 +135,10 @@ def classifier_from(config: DictConfig, data: MemoryImages) -> pl.LightningModul
         net = net.to(memory_format=torch.channels_last)
     example = torch.zeros(2, data.in_channels, data.image_size, data.image_size)
     optimizer, lr_scheduler = instantiate(config.optimizer), instantiate(config.lr_scheduler)
-    return Classifier(net, data.num_classes, optimizer=optimizer, lr_scheduler=lr_scheduler, example=example)
+    made = Classifier(net, data.num_classes, optimizer=optimizer, lr_scheduler=lr_scheduler, example=example)
+    if config.get("ckpt_path") is not None:
+        _load(made, config.ckpt_path)
+    return made
 
 
 def _load(module: pl.LightningModule, path: str) -> None:

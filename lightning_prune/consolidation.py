@@ -109,7 +109,7 @@ class Consolidation:
         A constant that is absorbed into a parameter moves the anchor as far: the parameter is no further from where
         the task left it. Biases that are made to absorb one are free.
         """
-        moved = {name: _added(anchor, offsets.added.get(_renamed(name, cut))) for name, anchor in self.anchors.items()}
+        moved = {name: _added(anchor, offsets.added.get(cut.renamed(name))) for name, anchor in self.anchors.items()}
         return Consolidation(_cut(moved, cut), _cut(self.information, cut), self.tasks)
 
 
@@ -119,11 +119,5 @@ def _added(anchor: Tensor, offset: Tensor | None) -> Tensor:
 
 def _cut(tensors: Named, cut: Cut) -> dict[str, Tensor]:
     """Cut tensors of a model's parameters along with them."""
-    renamed = {_renamed(name, cut): tensor for name, tensor in tensors.items()}
+    renamed = {cut.renamed(name): tensor for name, tensor in tensors.items()}
     return {name: cut_tensor(tensor, cut.kept.get(name, {})) for name, tensor in renamed.items()}
-
-
-def _renamed(name: str, cut: Cut) -> str:
-    """Return a parameter's name after a cut: a BatchNorm stands second, behind the `ChannelSelect` that it got."""
-    owner, _, leaf = name.rpartition(".")
-    return f"{owner}.1.{leaf}" if owner in cut.selects else name

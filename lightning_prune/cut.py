@@ -27,7 +27,8 @@ class Cut:
         attributes: The module attributes that hold sizes, with their new values.
         before: The values that these attributes had.
         biases: Name of a linear or convolutional module -> the width of the bias that it gets, having had none.
-        selects: Names of the BatchNorm modules that get a `ChannelSelect` before all else; other names are those after.
+        selects: Names of the modules that get a `ChannelSelect` before them, before all else; other names are those
+            after that.
     """
 
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -36,6 +37,16 @@ class Cut:
     before: Attributes = field(default_factory=dict)
     biases: Mapping[str, int] = field(default_factory=dict)
     selects: Sequence[str] = ()
+
+    def renamed(self, name: str) -> str:
+        """Return a tensor's name after the cut: its module stands second, behind the `ChannelSelect` that it got."""
+        return renamed(name, self.selects)
+
+
+def renamed(name: str, selects: Sequence[str]) -> str:
+    """Return the name that a tensor has once some modules stand behind a `ChannelSelect`."""
+    owner, _, leaf = name.rpartition(".")
+    return f"{owner}.1.{leaf}" if owner in selects else name
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_prune import masks
@@ -22,7 +21,7 @@ from lightning_prune.cut import Cut, Offsets
 from lightning_prune.errors import HistoryError, PruningError
 from lightning_prune.layers import gates
 from lightning_prune.records import from_plain, to_plain
-from lightning_prune.selection import selected
+from lightning_prune.selection import can_select, selected
 from lightning_prune.sizes import stale_sizes
 from lightning_prune.surgery import Undo, apply, revert, together, undo_all
 from lightning_prune.tensors import attributes_of, named_modules, named_tensors, unwrapped
@@ -142,8 +141,11 @@ def _fit(model: nn.Module, record: PruneRecord) -> None:
     """Make sure that a record's cut is one of this model's."""
     modules = named_modules(model)
     for name in record.selects:
-        if not isinstance(modules.get(name), _BatchNorm) or record.selects.count(name) > 1:
-            raise HistoryError(f"The history puts a ChannelSelect before {name!r}, which is no BatchNorm of the model.")
+        if not can_select(modules.get(name)) or record.selects.count(name) > 1:
+            raise HistoryError(
+                f"The history puts a ChannelSelect before {name!r}, which is no BatchNorm of the model, and no "
+                "convolution in one group. Build the model with the arguments that it was trained with."
+            )
     with selected(model, record.selects):
         _fit_tensors(model, record)
 

@@ -8,6 +8,7 @@ from copy import copy
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -129,3 +130,21 @@ def _bind_mapping(model: nn.Module, example: Mapping[str, Any]) -> Inputs:
     if not known:
         return Inputs((example,))
     return Inputs(kwargs={name: example[name] for name in example if name in known})
+
+
+def first_examples(model: nn.Module, batches: Iterable[ExampleInputs], most: int) -> Iterator[Inputs]:
+    """Yield what forward takes of some batches, on the model's device, until so many examples have come."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    left = most
+    for batch in batches:
+        inputs = bind(model, batch).map(lambda tensor: tensor.to(device))
+        examples = next((len(tensor) for tensor in tensors_in((inputs.args, dict(inputs.kwargs))) if tensor.dim()), 1)
+        yield inputs if examples <= left else _cut_to(inputs, examples, left)
+        left -= examples
+        if left <= 0:
+            return
+
+
+def _cut_to(inputs: Inputs, examples: int, most: int) -> Inputs:
+    """Leave out the last examples of a batch; tensors of another length belong to all of them."""
+    return inputs.map(lambda tensor: tensor[:most] if tensor.dim() and len(tensor) == examples else tensor)

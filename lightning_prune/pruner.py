@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from rich.console import Console
@@ -11,25 +12,27 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from lightning_prune import history
-from lightning_prune.absorption import absorb
 from lightning_prune.aiming import LatencyAim
 from lightning_prune.allocation import Allocation, Limits, RoundTo, Uniform, allocate
 from lightning_prune.baseline import RECORDED, Baseline, Reach
 from lightning_prune.cost import Costs, count_params, per_example
-from lightning_prune.criteria import Criterion, Magnitude, score_groups
+from lightning_prune.criteria import Criterion, Gathered, Lasso, Magnitude, Watched, score_groups
 from lightning_prune.cut import Cut, Offsets, cut_shapes, prepare
-from lightning_prune.errors import NothingToPruneError
+from lightning_prune.errors import NothingToPruneError, SurgeryError
 from lightning_prune.graph import Graph, check_model, ignored_tensors, read
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.layers.gates import gates_of, ungated
 from lightning_prune.lessons import Lessons, kinds_of
+from lightning_prune.reconstruction import Reconstruction, Refit
 from lightning_prune.rectangles import check_heads
-from lightning_prune.selection import selected, trunk_norms
+from lightning_prune.restoring import Restoring, Sights, check_restorable
+from lightning_prune.selection import selected, trunk_readers
 from lightning_prune.tensors import attributes_of, named_tensors, unwrapped
 from lightning_prune.types import (
     CONSTANTS,
     TRUNKS,
     UNITS,
+    Attributes,
     Change,
     Constants,
     Heads,
@@ -56,8 +59,10 @@ class Request:
         ignore: Patterns of module names that are not to be touched.
         heads: How attention heads are cut: "whole", "inside" or "keep" (see `find_groups`).
         limits: What no plan goes beyond.
-        constants: What becomes of what removed channels emit on average: "absorb" or "drop" (see `prune`).
-        trunks: How a trunk that several BatchNorms read is cut: "whole" or "selected" (see `prune`).
+        constants: What becomes of what removed channels emit on average: "absorb" or "drop" (see `prune`); a
+            reconstruction makes up for that as for all else.
+        trunks: How a trunk that several layers read is cut: "whole", "selected" or "sampled" (see `prune`).
+        reconstruction: How the layers that read what is left are refitted; None leaves them.
 
     Raises:
         ValueError: The ratio is outside [0, 1), or a name is unknown.
@@ -73,6 +78,7 @@ class Request:
     limits: Limits = field(default_factory=Limits)
     constants: Constants = "absorb"
     trunks: Trunks = "whole"
+    reconstruction: Reconstruction | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.pruning_ratio < 1:
@@ -129,9 +135,10 @@ def prune(
             the times of convolutions at several widths (see `lightning_prune.cost.preferred_multiple`).
         constants: What becomes of what removed channels emit on average, as far as BatchNorm tells it: "absorb" puts
             it into the next layer's bias or running mean (see `lightning_prune.absorption`), "drop" loses it.
-        trunks: How a trunk that several BatchNorms read is cut, as in pre-activation networks and DenseNets: "whole"
-            with all that read it, "selected" puts a `ChannelSelect` before each of these BatchNorms, so that every
-            reader picks its own channels and the trunk stays (Liu et al. 2017, section 3.3).
+        trunks: How a trunk that several layers read is cut: "whole" with all that read it; "selected" puts a
+            `ChannelSelect` before each BatchNorm that reads it, as in pre-activation networks and DenseNets, so that
+            every reader picks its own channels and the trunk stays (Liu et al. 2017, section 3.3); "sampled" does so
+            before convolutions too, as at the head of a residual branch (He, Zhang, Sun 2017, section 3.3).
 
     Returns:
         What was asked, what was reached, and what held it back. It is the last of `history_of(model)` too.
@@ -167,22 +174,26 @@ class Draft:
         record: What will stand in the history.
         offsets: What takes up what the removed channels emit.
         plan: What goes.
-        graph: The reading that it was planned on, where that is at hand and offsets are asked for.
+        restore: Works the offsets out for the weights of a model; not at hand where the draft is another rank's.
+        refits: How well refitted layers reproduce their outputs, where there is a reconstruction.
+        nbytes: The most memory that a reconstruction's moments have taken.
     """
 
     cut: Cut
     record: PruneRecord
     offsets: Offsets
     plan: PruningPlan
-    graph: Graph | None
+    restore: Callable[[nn.Module], Offsets] | None
+    refits: tuple[Refit, ...] = ()
+    nbytes: int = 0
 
     def sent(self) -> Draft:
         """Return what other ranks need of it."""
-        return replace(self, graph=None)
+        return replace(self, restore=None)
 
     def received(self, first: Draft) -> Draft:
-        """Return the draft of the first rank, with the reading of this one."""
-        return replace(first, graph=self.graph)
+        """Return the draft of the first rank, with what this one has kept of its own."""
+        return replace(first, restore=self.restore)
 
     def digest(self) -> str:
         """Return a hash of what it does."""
@@ -191,19 +202,21 @@ class Draft:
     def offsets_in(self, copy: nn.Module) -> Offsets:
         """Return the offsets in a copy of the model that has other weights."""
         with selected(copy, self.cut.selects):
-            found = Offsets() if self.graph is None else absorb(copy, self.graph, self.plan)
+            found = Offsets() if self.restore is None else self.restore(copy)
         return Offsets(found.added, {name: bias for name, bias in found.biases.items() if name in self.cut.biases})
 
 
-def draft_cut(model: nn.Module, example_inputs: ExampleInputs, request: Request) -> Draft:
-    """Read, score, allocate and verify; the model is not changed.
+def draft_cut(model: nn.Module, example_inputs: ExampleInputs, request: Request, sights: Sights | None = None) -> Draft:
+    """Read, score, allocate, verify and reconstruct; the model is not changed.
 
     A group whose cut would not work is frozen with the reason, and the rest is planned anew.
     """
+    if request.reconstruction is not None:
+        check_restorable(model)
     with ungated(model):
         selects = _selects(model, example_inputs, request)
         with selected(model, selects):
-            draft = _draft(model, example_inputs, request)
+            draft = _draft(model, example_inputs, request, sights or Sights())
     cut, record = replace(draft.cut, selects=selects), replace(draft.record, selects=selects)
     return replace(draft, cut=_with_gates(model, cut), record=record)
 
@@ -213,29 +226,32 @@ def _with_gates(model: nn.Module, cut: Cut) -> Cut:
     gates = gates_of(model)
     if gates is None:
         return cut
+    gates.check_parted(cut.selects)
     kept = gates.kept(model, cut.kept)
     tensors = named_tensors(model)
     shapes = {name: tuple(tensors[name].shape) for name in kept}
     return replace(cut, kept={**cut.kept, **kept}, shapes={**cut.shapes, **shapes})
 
 
-def reading(model: nn.Module, example_inputs: ExampleInputs, request: Request) -> Graph:
-    """Read a model as a cut would, with trunks parted where that is asked for; the model is not changed."""
+@contextmanager
+def reading(model: nn.Module, example_inputs: ExampleInputs, request: Request) -> Iterator[Graph]:
+    """Read a model as a cut would: for a while it is the one that was read, with trunks parted where asked for."""
     with ungated(model), selected(model, _selects(model, example_inputs, request)):
-        return read(model, example_inputs, request.ignore, request.heads)
+        yield read(model, example_inputs, request.ignore, request.heads)
 
 
 def _selects(model: nn.Module, example_inputs: ExampleInputs, request: Request) -> tuple[str, ...]:
-    """Name the BatchNorms that get a layer of their own to pick channels with."""
+    """Name the layers that get one before them to pick channels with."""
     if request.trunks == "whole":
         return ()
     graph = read(model, example_inputs, request.ignore, request.heads)
-    return trunk_norms(model, graph, ignored_tensors(model, request.ignore))
+    ignored = ignored_tensors(model, request.ignore)
+    return trunk_readers(model, graph, ignored, convolutions=request.trunks == "sampled")
 
 
-def _draft(model: nn.Module, example_inputs: ExampleInputs, request: Request) -> Draft:
+def _draft(model: nn.Module, example_inputs: ExampleInputs, request: Request, sights: Sights) -> Draft:
     graph = read(model, example_inputs, request.ignore, request.heads)
-    scores = score_groups(request.criterion, model, graph.groups)
+    scores = score_groups(_scorer(model, graph, request, sights), model, graph.groups)
     if not scores:
         frozen = "; ".join(f"{group.name}: {group.frozen}" for group in graph.groups if group.frozen)
         raise NothingToPruneError(
@@ -255,8 +271,10 @@ def _draft(model: nn.Module, example_inputs: ExampleInputs, request: Request) ->
         if not trial.refused and aim is not None and not aim.is_met(trial.cut, reach(plan)):
             continue
         if not trial.refused:
-            absorbing = graph if request.constants == "absorb" and gates_of(model) is None else None  # gates emit 0
-            offsets = Offsets() if absorbing is None else absorb(model, absorbing, plan)
+            restoring = Restoring(graph, plan, trial.mended, request.constants, request.reconstruction, sights)
+            offsets, rebuilt = restoring.first(model, request.criterion)
+            if rebuilt is not None:
+                plan, trial = _as_chosen(model, graph, rebuilt.plan, lessons.mended)
             cut = replace(
                 trial.cut,
                 before=attributes_of(model, trial.cut.attributes),
@@ -265,8 +283,35 @@ def _draft(model: nn.Module, example_inputs: ExampleInputs, request: Request) ->
             record = _record(model, graph, plan, replace(trial, cut=cut), request, baseline, lessons.refused)
             if request.of not in RECORDED:
                 record = replace(record, reached=reach(plan) if aim is None else aim.reached)
-            return Draft(cut, record, offsets, plan, absorbing)
+            draft = Draft(cut, record, offsets, plan, restoring.again(plan) if gates_of(model) is None else None)
+            return draft if rebuilt is None else replace(draft, refits=rebuilt.refits, nbytes=rebuilt.nbytes)
         lessons.learn(trial, plan, scores, kinds_of(model, graph.groups))
+
+
+def _scorer(model: nn.Module, graph: Graph, request: Request, sights: Sights) -> Criterion:
+    """Return the criterion, once it has seen what there is to see.
+
+    Where the channels will be chosen when their group is reconstructed, and the widths are the same whatever the
+    scores, lots stand in for them.
+    """
+    criterion = request.criterion
+    if request.reconstruction is None or not isinstance(criterion, Gathered):
+        return criterion
+    if isinstance(criterion, Lasso) and not request.allocation.asks_scores:
+        criterion.forget()
+        criterion.begin(model, graph)
+        return Watched(criterion)
+    criterion.look_through(model, graph, sights.batches, sights.all_reduce)
+    return criterion
+
+
+def _as_chosen(model: nn.Module, graph: Graph, plan: PruningPlan, mended: Attributes) -> tuple[PruningPlan, Trial]:
+    """Verify a plan whose widths are known to be right, with the channels that a reconstruction has chosen."""
+    trial = verify(model, graph, plan, prepare(model, graph, plan), mended)
+    if trial.refused:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in trial.refused.items())
+        raise SurgeryError(f"The cut was refused, the model is unchanged. {reasons}. Put these groups in `ignore`.")
+    return plan, trial
 
 
 def _plan(
@@ -291,7 +336,10 @@ def _search(
     low, high, best = 0.0, 1.0, plan_for(1.0)
     if reached(best) < asked:
         return best
-    for _ in track(range(_SEARCH_STEPS), "Searching the ratio", console=Console(stderr=True), transient=True):
+    screen = Console(stderr=True)
+    for _ in track(
+        range(_SEARCH_STEPS), "Searching the ratio", console=screen, transient=True, disable=not screen.is_terminal
+    ):
         middle = (low + high) / 2
         plan = plan_for(middle)
         if len(plan) == len(best):

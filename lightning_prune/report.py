@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from rich.table import Table
 from torch import Tensor
 
+from lightning_prune.reconstruction import Refit
 from lightning_prune.types import Change, ChannelGroup, PruneRecord
 
 _INK, _PALE, _FULL = (40, 40, 40), (205, 212, 222), (38, 110, 180)
@@ -63,6 +64,16 @@ def mask_table(masks: Mapping[str, Tensor], title: str = "Masks") -> Table:
 
 def _row(name: str, change: Change) -> tuple[str, ...]:
     return (name, *map(count, (change.dense, change.before, change.after)), f"{change.removed:.1%}")
+
+
+def refit_table(refits: Sequence[Refit], title: str = "Reconstructed") -> Table:
+    """Tell a reconstruction, a line for each layer: the channels that it reads, and how far off its output is."""
+    table = Table(title=title, caption="error: ||Y - Y'|| / ||Y|| at the sampled points", caption_justify="left")
+    for column in ("layer", "channels read", "of", "error, sliced", "error, refitted"):
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    for refit in refits:
+        table.add_row(refit.layer, str(refit.channels), str(refit.of), f"{refit.sliced:.4f}", f"{refit.error:.4f}")
+    return table
 
 
 def describe(groups: Sequence[ChannelGroup]) -> Table:

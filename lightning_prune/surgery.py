@@ -85,8 +85,8 @@ def apply(
         return change(_added(tensor, offsets.added[name]) if name in offsets.added else tensor, name)
 
     with together() as steps:
-        norms = insert(model, cut.selects)
-        steps.append(lambda: put(model, norms))
+        readers = insert(model, cut.selects)
+        steps.append(lambda: put(model, readers))
         modules = named_modules(model)
         biases = {name: _bias(modules[name], width, offsets.biases.get(name)) for name, width in cut.biases.items()}
         setting = _Setting(cut.attributes, biases, notes or {})
@@ -137,7 +137,7 @@ def revert(model: nn.Module, cut: Cut, notes: Mapping[str, object] | None = None
         steps.append(_exchange_all(model, cut.kept, change, change, setting))
         selects = {name: model.get_submodule(name) for name in cut.selects}
         steps.append(lambda: put(model, selects))
-        put(model, {name: norm for name, module in selects.items() for norm in list(module.children())[1:]})
+        put(model, {name: reader for name, module in selects.items() for reader in list(module.children())[1:]})
     return undo_all(steps)
 
 

@@ -24,10 +24,11 @@ Constants: TypeAlias = Literal["absorb", "drop"]
 
 CONSTANTS: tuple[Constants, ...] = ("absorb", "drop")
 
-Trunks: TypeAlias = Literal["whole", "selected"]
-"""How a trunk that several BatchNorms read is cut: as one with all its readers, or each reader picks from the whole."""
+Trunks: TypeAlias = Literal["whole", "selected", "sampled"]
+"""How a trunk that several layers read is cut: as one with all its readers, or each reader picks from the whole;
+"selected" lets BatchNorms pick, "sampled" convolutions too."""
 
-TRUNKS: tuple[Trunks, ...] = ("whole", "selected")
+TRUNKS: tuple[Trunks, ...] = ("whole", "selected", "sampled")
 
 Kept: TypeAlias = Mapping[str, Mapping[int, Tensor]]
 """Tensor name -> dimension -> positions that stay, ascending: what a cut does to the tensors."""
@@ -145,7 +146,7 @@ class PruneRecord:
         attributes: The module attributes that hold sizes, and their new values.
         before: The values that they had; with `shapes` and `kept` enough to take the cut back.
         biases: Name of a module without a bias -> the width of the one that it got, for what removed channels emitted.
-        selects: Names of the BatchNorm modules that got a `ChannelSelect` first; other names are those after that.
+        selects: Names of the modules that got a `ChannelSelect` before them first; other names are those after that.
         epoch: When the cut happened, where there is a trainer.
         step: The optimizer step before which it happened, where there is a trainer.
     """

@@ -17,7 +17,7 @@ from lightning_prune.criteria import BNScale
 from lightning_prune.errors import HistoryError
 from lightning_prune.graph import read
 from lightning_prune.layers import ChannelSelect
-from lightning_prune.selection import selected, trunk_norms
+from lightning_prune.selection import selected, trunk_readers
 from lightning_prune.workbench import resnet20
 
 
@@ -84,7 +84,7 @@ IMAGES = torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator(
 class TestTrunks:
     def test_the_norms_that_read_them_are_found(self, name: str) -> None:
         net = lively(NETS[name]())
-        assert trunk_norms(net, read(net, IMAGES)) == NORMS[name]
+        assert trunk_readers(net, read(net, IMAGES)) == NORMS[name]
 
     def test_with_the_layers_each_reader_is_a_group_and_nothing_else_changes(self, name: str) -> None:
         net = lively(NETS[name]())
@@ -202,14 +202,14 @@ def test_a_file_that_selects_before_something_else_is_refused(tmp_path: Path) ->
     prune(net, IMAGES, pruning_ratio=0.5, criterion=BNScale(), trunks="selected")
     save_pruned(net, tmp_path / "net.pt")
     content = torch.load(tmp_path / "net.pt")
-    content["pruning_history"][0]["selects"] = ["stem"]
+    content["pruning_history"][0]["selects"] = ["fc"]
     torch.save(content, tmp_path / "net.pt")
     fresh = PreActNet().double()
-    with pytest.raises(HistoryError, match="puts a ChannelSelect before 'stem'"):
+    with pytest.raises(HistoryError, match="puts a ChannelSelect before 'fc'"):
         load_pruned(fresh, tmp_path / "net.pt")
     assert list(fresh.state_dict()) == list(PreActNet().state_dict())
 
 
 def test_wrong_names_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"`trunks` is one of 'whole', 'selected'; got 'cut'"):
+    with pytest.raises(ValueError, match=r"`trunks` is one of 'whole', 'selected', 'sampled'; got 'cut'"):
         prune(nn.Linear(2, 2), torch.zeros(1, 2), pruning_ratio=0.5, trunks="cut")

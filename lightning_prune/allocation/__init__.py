@@ -2,6 +2,7 @@
 
 from lightning_prune.allocation.base import Allocation
 from lightning_prune.allocation.by_cost import ByCost
+from lightning_prune.allocation.graded import InProportion, ShallowToDeep
 from lightning_prune.allocation.isomorphic import Isomorphic
 from lightning_prune.allocation.limits import Limits, RoundTo
 from lightning_prune.allocation.plain import Global, Uniform, Zeros
@@ -13,10 +14,12 @@ __all__ = [
     "ByCost",
     "DenseLayer",
     "Global",
+    "InProportion",
     "Isomorphic",
     "Limits",
     "MaskedLayer",
     "RoundTo",
+    "ShallowToDeep",
     "Uniform",
     "WeightAllocation",
     "Zeros",

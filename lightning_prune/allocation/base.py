@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from math import ceil, floor
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -22,6 +23,9 @@ class Allocation(ABC):
     Raises:
         ValueError: A cap is outside (0, 1].
     """
+
+    asks_scores: ClassVar[bool] = True
+    """Whether the widths that it gives depend on the scores."""
 
     def __init__(self, cap: float = 1.0, event_cap: float = 1.0) -> None:
         for name, value in (("cap", cap), ("event_cap", event_cap)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import floor
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ class Uniform(Allocation, WeightAllocation):
     >>> plan.removed["a"].tolist()
     [1, 3]
     """
+
+    asks_scores: ClassVar[bool] = False
 
     def widths(
         self, scores: Mapping[str, Tensor], dense: Mapping[str, int], ratio: float, least: Mapping[str, int]

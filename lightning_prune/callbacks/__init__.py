@@ -7,6 +7,7 @@ from lightning_prune.callbacks.ewc import EWCCallback
 from lightning_prune.callbacks.fisher import FisherPruneCallback
 from lightning_prune.callbacks.fisher_rao import FisherRaoMonitor
 from lightning_prune.callbacks.l0 import L0PruneCallback
+from lightning_prune.callbacks.lasso import LassoPruneCallback
 from lightning_prune.callbacks.magnitude import MagnitudePruneCallback
 from lightning_prune.callbacks.masking import MaskPruneCallback
 from lightning_prune.callbacks.monitor import SparsityMonitor
@@ -21,6 +22,7 @@ __all__ = [
     "FisherPruneCallback",
     "FisherRaoMonitor",
     "L0PruneCallback",
+    "LassoPruneCallback",
     "MagnitudePruneCallback",
     "MaskPruneCallback",
     "PruneCallback",

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 from torch import Tensor
 from torch.optim import Optimizer
@@ -22,16 +23,25 @@ from lightning_prune import history, optimizers
 from lightning_prune.allocation import Allocation, Limits, RoundTo, Uniform
 from lightning_prune.calibration import tracking_norms
 from lightning_prune.callbacks.averages import averaged_copies
-from lightning_prune.callbacks.calibration import recalibrate_in_fit, training_data
+from lightning_prune.callbacks.calibration import recalibrate_in_fit, training_batches, training_data
 from lightning_prune.callbacks.checkpoints import follow_checkpoints, warn_of_late_scores
 from lightning_prune.callbacks.gathering import Gathering
-from lightning_prune.callbacks.ranks import agreed, check_strategy, without_reducer
+from lightning_prune.callbacks.ranks import (
+    agreed,
+    check_strategy,
+    failing_together,
+    share_buffers,
+    sum_when_all_come,
+    without_reducer,
+)
 from lightning_prune.callbacks.signals import signals_wait
 from lightning_prune.callbacks.timing import Timing, epochs_of
-from lightning_prune.criteria import Criterion, Magnitude
-from lightning_prune.inputs import ExampleInputs
+from lightning_prune.criteria import Criterion, Gathered, Magnitude, Random, Watched
+from lightning_prune.inputs import ExampleInputs, first_examples
 from lightning_prune.pruner import Draft, Request, draft_cut, reading
-from lightning_prune.report import history_table, record_table
+from lightning_prune.reconstruction import Reconstruction, Refit
+from lightning_prune.report import history_table, record_table, refit_table
+from lightning_prune.restoring import Sights, check_restorable
 from lightning_prune.schedules import Schedule, one_shot
 from lightning_prune.surgery import together
 from lightning_prune.types import Constants, Heads, PruneRecord, Trunks, Unit
@@ -64,9 +74,12 @@ class PruneCallback(pl.Callback):
         min_channels: Channels that each group keeps at least.
         round_to: Widths are rounded to the nearest multiple of it; "auto": of the one that this machine likes.
         constants: What becomes of what removed channels emit on average: "absorb" or "drop" (see `prune`).
-        trunks: How a trunk that several BatchNorms read is cut: "whole" or "selected" (see `prune`).
+        trunks: How a trunk that several layers read is cut: "whole", "selected" or "sampled" (see `prune`).
         recalibrate: Over so many batches of the training data BatchNorm's running statistics are estimated anew after
             each cut; 0 leaves them to the training.
+        reconstruction: How the layers that read what is left are refitted at each event, to return what they returned:
+            by least squares over examples of the training data (see `Reconstruction`). None leaves that to the
+            training.
 
     Raises:
         ValueError: An argument is out of its range, or `begin` lies after `end`.
@@ -91,19 +104,26 @@ class PruneCallback(pl.Callback):
         constants: Constants = "absorb",
         trunks: Trunks = "whole",
         recalibrate: int = 0,
+        reconstruction: Reconstruction | None = None,
     ) -> None:
         limits = Limits(min_channels, round_to)
         criterion, allocation = criterion or Magnitude(), allocation or Uniform()
-        self.request = Request(pruning_ratio, of, criterion, allocation, ignore, heads, limits, constants, trunks)
+        self.request = Request(
+            pruning_ratio, of, criterion, allocation, ignore, heads, limits, constants, trunks, reconstruction
+        )
         self.timing = Timing(schedule, begin, end, every, every_n_steps)
         if recalibrate < 0:
             raise ValueError(f"`recalibrate` is a number of batches, 0 or more; got {recalibrate}.")
         self.recalibrate = recalibrate
-        self.gathering = Gathering(criterion)
+        self.gathering = Gathering(criterion if self._is_gathered(criterion) else Random())
         self.events: dict[int, float] = {}
         self._epochs = inf
         self._done = -1
         self._checked = False
+
+    def _is_gathered(self, criterion: Criterion) -> bool:
+        """Tell whether a criterion looks on while the network trains; what needs no gradients sees the examples."""
+        return isinstance(criterion, Gathered) and (self.request.reconstruction is None or criterion.gradients)
 
     @property
     @override
@@ -164,6 +184,8 @@ class PruneCallback(pl.Callback):
         if self.recalibrate:
             training_data(trainer)
             tracking_norms(pl_module)
+        if self.request.reconstruction is not None:
+            training_data(trainer, "`reconstruction`", "`lightning_prune.reconstruct`")
         length = self.timing.length(trainer, self._epochs)
         if self.timing.unit == "step":
             self.events = self.timing.lay_out(length, type(self).__name__)
@@ -232,12 +254,24 @@ class PruneCallback(pl.Callback):
 
     def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, example: ExampleInputs) -> None:
         """Plan the last event at the weights that there are now."""
+        if self.request.reconstruction is not None:
+            check_restorable(pl_module)
         self.gathering.begin(pl_module, lambda: reading(pl_module, example, self.request))
-        request = replace(self.request, criterion=self.gathering.stand_in(self.request.criterion))
+        request = replace(self.request, criterion=self._stand_in(pl_module, example), reconstruction=None)
         record = agreed(trainer, pl_module, lambda: draft_cut(pl_module, example, request)).record
         rank_zero_info(f"{type(self).__name__}, at present weights: {record}")
         if self.request.allocation.event_cap == 1:  # else it takes more than one event
             _tell_shortfall(record)
+
+    def _stand_in(self, pl_module: pl.LightningModule, example: ExampleInputs) -> Criterion:
+        """Return a criterion that can score before anything was seen, to rehearse with."""
+        criterion = self.request.criterion
+        if isinstance(criterion, Gathered) and not self._is_gathered(criterion):
+            criterion.forget()
+            with reading(pl_module, example, self.request) as graph:
+                criterion.begin(pl_module, graph)
+            return Watched(criterion)
+        return self.gathering.stand_in(criterion)
 
     def _fire(self, trainer: pl.Trainer, pl_module: pl.LightningModule, example: ExampleInputs) -> None:
         """Cut if an event is due; one that a resumed fit has missed is made up for."""
@@ -250,12 +284,26 @@ class PruneCallback(pl.Callback):
     def _event(self, trainer: pl.Trainer, pl_module: pl.LightningModule, example: ExampleInputs, moment: int) -> None:
         """Prune as far as the schedule says for this moment."""
         request = self._request_at(pl_module, example, moment)
-        draft = agreed(trainer, pl_module, lambda: draft_cut(pl_module, example, request))
+        if request.reconstruction is not None:
+            share_buffers(trainer, [pl_module, *averaged_copies(trainer)])
+        draft = agreed(trainer, pl_module, lambda: draft_cut(pl_module, example, request, self._sights(trainer)))
         with signals_wait():
             record = self._cut(trainer, pl_module, draft)
             self._done = moment
             self.gathering.forget()
         self._tell(trainer, record)
+        tell_refits(trainer, draft.refits)
+
+    def _sights(self, trainer: pl.Trainer) -> Sights:
+        """Return the examples that a reconstruction looks at, of which each rank has its share."""
+        settings = self.request.reconstruction
+        if settings is None:
+            return Sights()
+        with isolate_rng():
+            seen = first_examples(
+                trainer.lightning_module, training_batches(trainer), -(-settings.images // trainer.world_size)
+            )
+            return Sights(list(seen), sum_when_all_come(trainer) if trainer.world_size > 1 else None)
 
     def _request_at(self, pl_module: pl.LightningModule, example: ExampleInputs, moment: int) -> Request:
         """Return what is asked of an event."""
@@ -267,7 +315,7 @@ class PruneCallback(pl.Callback):
         every = [unwrapped(optimizer) for optimizer in trainer.optimizers]
         optimizers.check(every, pl_module)
         _drop_spent_gradients(pl_module, every)
-        with without_reducer(trainer), together() as steps:
+        with without_reducer(trainer), together() as steps, failing_together(trainer):
             steps.append(history.commit(pl_module, draft.cut, record, draft.offsets))
             for network in averaged_copies(trainer):
                 steps.append(history.commit(network, draft.cut, record, draft.offsets_in(network)))
@@ -279,11 +327,7 @@ class PruneCallback(pl.Callback):
         return record
 
     def _tell(self, trainer: pl.Trainer, record: PruneRecord) -> None:
-        moment = f"{self.timing.unit} {self.timing.now(trainer)}"
-        rank_zero_info(f"{type(self).__name__}, {moment}: {record}")
-        _tell_shortfall(record)
-        if shows_tables(trainer):
-            Console().print(record_table(record, f"{type(self).__name__}, {moment}"))
+        tell_record(trainer, record, f"{type(self).__name__}, {self.timing.unit} {self.timing.now(trainer)}")
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -309,6 +353,23 @@ def unwrapped(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
 def own_example(trainer: pl.Trainer, pl_module: pl.LightningModule) -> ExampleInputs:
     """Return the module's example inputs in the Trainer's precision."""
     return trainer.precision_plugin.convert_input(pl_module.example_input_array)
+
+
+def tell_record(trainer: pl.Trainer, record: PruneRecord, when: str) -> None:
+    """Tell a cut that was done."""
+    rank_zero_info(f"{when}: {record}")
+    _tell_shortfall(record)
+    if shows_tables(trainer):
+        Console().print(record_table(record, when))
+
+
+def tell_refits(trainer: pl.Trainer, refits: Sequence[Refit]) -> None:
+    """Tell how well refitted layers reproduce their outputs."""
+    if refits:
+        worst = max(refits, key=lambda refit: refit.error)
+        rank_zero_info(f"{len(refits)} layers were refitted; the worst is {worst}")
+        if shows_tables(trainer):
+            Console().print(refit_table(refits))
 
 
 def _drop_spent_gradients(pl_module: pl.LightningModule, every: Sequence[Optimizer]) -> None:

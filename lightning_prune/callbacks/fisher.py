@@ -28,6 +28,7 @@ from lightning_prune.information import fisher_information
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.masks.granularity import Granularity
 from lightning_prune.pruner import Request, reading
+from lightning_prune.reconstruction import Reconstruction
 from lightning_prune.schedules import Schedule, cubic
 from lightning_prune.types import Constants, Heads, PruneRecord, Trunks, Unit
 
@@ -91,6 +92,7 @@ class FisherPruneCallback(MaskPruneCallback):
         constants: Constants = "absorb",
         trunks: Trunks = "whole",
         recalibrate: int = 0,
+        reconstruction: Reconstruction | None = None,
     ) -> None:
         unit, of_channels, of_weights = what_goes(granularity, allocation, of, retraining)
         _check(unit, of, channels_per_event, batches)
@@ -114,6 +116,7 @@ class FisherPruneCallback(MaskPruneCallback):
             constants=constants,
             trunks=trunks,
             recalibrate=recalibrate,
+            reconstruction=reconstruction,
         )
         self.gathering = Gathering(self.request.criterion, window)
         if channels_per_event is not None:
@@ -160,9 +163,9 @@ class FisherPruneCallback(MaskPruneCallback):
         request = super()._request_at(pl_module, example, moment)
         if self.channels_per_event is None:
             return request
-        graph = reading(pl_module, example, request)
-        scores = score_groups(request.criterion, pl_module, graph.groups)
-        dense = sum(Baseline.of(pl_module, graph, scores).channels.values())
+        with reading(pl_module, example, request) as graph:
+            scores = score_groups(request.criterion, pl_module, graph.groups)
+            dense = sum(Baseline.of(pl_module, graph, scores).channels.values())
         gone = dense - sum(map(len, scores.values()))
         most = min(gone + self.channels_per_event, dense - 1)
         return replace(request, of="channels", pruning_ratio=most / max(dense, 1))

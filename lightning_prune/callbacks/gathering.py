@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,11 +13,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor, nn
 
+from lightning_prune.callbacks.ranks import sum_over_ranks
 from lightning_prune.callbacks.timing import window_of
-from lightning_prune.criteria import Criterion, Gathered, Random
+from lightning_prune.criteria import Criterion, Gathered, Watched
 from lightning_prune.graph import Graph
 from lightning_prune.tensors import named_modules
-from lightning_prune.types import ChannelGroup
 
 _ACROSS_EXAMPLES = ("Contrastive", "Triplet", "NTXent", "InfoNCE", "SupCon", "Barlow", "VICReg")
 
@@ -56,13 +57,19 @@ class Gathering:
 
     def stand_in(self, criterion: Criterion) -> Criterion:
         """Return a criterion that can score before anything was gathered, to rehearse with."""
-        return criterion if self.criterion is None else _Watched(self.criterion)
+        return criterion if self.criterion is None else Watched(self.criterion)
 
-    def begin(self, pl_module: pl.LightningModule, reading: Callable[[], Graph]) -> None:
-        """Find out whom to watch, unless that is known."""
+    def begin(self, pl_module: pl.LightningModule, reading: Callable[[], AbstractContextManager[Graph]]) -> None:
+        """Find out whom to watch, unless that is known.
+
+        Args:
+            pl_module: The network.
+            reading: Reads it, and lets it be the one that was read for as long as the context lasts.
+        """
         if self.criterion is None or self._is_ready:
             return
-        self.criterion.begin(pl_module, reading())
+        with reading() as graph:
+            self.criterion.begin(pl_module, graph)
         self._is_ready = True
         joint = [name for name, module in named_modules(pl_module).items() if _joins_examples(module)]
         if joint and not self._is_told:
@@ -95,7 +102,7 @@ class Gathering:
         if scaler is not None and not self.criterion.is_finite():
             self.criterion.drop_step()  # the scaler skips this step too
         scale = window_of(trainer, trainer.current_epoch) / (1.0 if scaler is None else float(scaler.get_scale()))
-        self.criterion.take(scale, _sum_over_ranks(trainer) if trainer.world_size > 1 else None)
+        self.criterion.take(scale, sum_over_ranks(trainer) if trainer.world_size > 1 else None)
         if not self._is_told:
             self._is_told = True
             _tell_missed(self.criterion)
@@ -121,16 +128,6 @@ class Gathering:
             self.criterion.load_state_dict(state["gathered"])
 
 
-class _Watched(Criterion):
-    """Draws lots for the groups that a criterion can watch."""
-
-    def __init__(self, criterion: Gathered) -> None:
-        self._criterion, self._lots = criterion, Random()
-
-    def score(self, model: nn.Module, group: ChannelGroup) -> Tensor | None:
-        return self._lots.score(model, group) if self._criterion.watches(group) else None
-
-
 def _joins_examples(module: nn.Module) -> bool:
     return any(word in type(module).__name__ for word in _ACROSS_EXAMPLES)
 
@@ -143,14 +140,6 @@ def _rows(batch: Any) -> int | None:
             return extract_batch_size(batch)
         except MisconfigurationException:
             return None
-
-
-def _sum_over_ranks(trainer: pl.Trainer) -> Callable[[Tensor], Tensor]:
-    def summed(values: Tensor) -> Tensor:
-        total: Tensor = trainer.strategy.reduce(values, reduce_op="sum")
-        return total
-
-    return summed
 
 
 def _tell_missed(criterion: Gathered) -> None:

@@ -43,10 +43,11 @@ from lightning_prune.gates import (
     GateUnit,
     by_pattern,
 )
+from lightning_prune.graph import read
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.layers.gates import gates_of, ungated
 from lightning_prune.masks.held import masks_of
-from lightning_prune.pruner import Draft, Request, draft_cut, reading
+from lightning_prune.pruner import Draft, Request, draft_cut
 from lightning_prune.report import record_table
 from lightning_prune.schedules import one_shot
 from lightning_prune.types import Heads, PruneRecord
@@ -212,7 +213,7 @@ class L0PruneCallback(PruneCallback):
         """Try out whether there is something to gate, and whether what is asked can be reached."""
         if self.training.gates is not None:
             return
-        graph = reading(pl_module, example, self.request)
+        graph = read(pl_module, example, self.request.ignore, self.request.heads)
         gates = fresh_gates(pl_module, graph, self.settings, self.request.ignore).gates
         self.training.try_out(trainer, pl_module, gates)
         cost = ExpectedL0(pl_module, graph, gates, self.settings.of)  # which can refuse
@@ -244,7 +245,7 @@ class L0PruneCallback(PruneCallback):
         """Put the gates on, if it is time."""
         if self.timing.now(trainer) < self.settings.start:
             return
-        graph = reading(pl_module, example, self.request)
+        graph = read(pl_module, example, self.request.ignore, self.request.heads)
         choice = fresh_gates(pl_module, graph, self.settings, self.request.ignore)
         steps = self.timing.steps_before(max(self.events), trainer, batch_idx)
         self.training.put_on(trainer, pl_module, choice.gates, self.settings.learning_rate(steps))
@@ -257,7 +258,7 @@ class L0PruneCallback(PruneCallback):
         gates = self.training.gates
         assert gates is not None
         with ungated(pl_module):
-            graph = reading(pl_module, example, self.request)
+            graph = read(pl_module, example, self.request.ignore, self.request.heads)
             self._cost = ExpectedL0(pl_module, graph, gates, self.settings.of)
             self._dense = dense_cost(pl_module, graph, gates, self.settings.of)
         if self.request.pruning_ratio and self.constraint is None:

@@ -10,6 +10,7 @@ from lightning_prune.callbacks.masking import MaskPruneCallback, what_goes
 from lightning_prune.callbacks.retraining import Retraining
 from lightning_prune.criteria import Magnitude
 from lightning_prune.masks.granularity import Granularity
+from lightning_prune.reconstruction import Reconstruction
 from lightning_prune.schedules import Schedule, cubic
 from lightning_prune.types import Constants, Heads, Trunks, Unit
 
@@ -64,6 +65,7 @@ class MagnitudePruneCallback(MaskPruneCallback):
         constants: Constants = "absorb",
         trunks: Trunks = "whole",
         recalibrate: int = 0,
+        reconstruction: Reconstruction | None = None,
     ) -> None:
         unit, of_channels, of_weights = what_goes(granularity, allocation, of, retraining)
         super().__init__(
@@ -86,4 +88,5 @@ class MagnitudePruneCallback(MaskPruneCallback):
             constants=constants,
             trunks=trunks,
             recalibrate=recalibrate,
+            reconstruction=reconstruction,
         )

@@ -35,7 +35,7 @@ from lightning_prune.callbacks.retraining import (
 from lightning_prune.callbacks.signals import signals_wait
 from lightning_prune.callbacks.upkeep import Upkeep
 from lightning_prune.criteria import Alive
-from lightning_prune.cut import cut_tensor
+from lightning_prune.cut import cut_tensor, renamed
 from lightning_prune.errors import NothingToPruneError
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.masks.granularity import Granularity
@@ -129,6 +129,15 @@ class MaskPruneCallback(PruneCallback):
         **arguments: Any,
     ) -> None:
         super().__init__(pruning_ratio, **arguments)
+        if granularity is not None and self.request.trunks == "sampled":
+            raise ValueError(
+                f'`trunks` "sampled" gives convolutions other names, by which masks are known; got it with '
+                f'granularity={granularity!r}. Take "selected", or prune channels with a callback of its own.'
+            )
+        if granularity is not None and self.request.reconstruction is not None:
+            raise ValueError(
+                f"`reconstruction` is about channels: masks leave all of them; got it with granularity={granularity!r}."
+            )
         self.unit = granularity
         self.weight_allocation = weight_allocation
         self.retraining = retraining or Retraining()
@@ -187,6 +196,7 @@ class MaskPruneCallback(PruneCallback):
                 "`alternate` out."
             )
         self._dense = self._dense or dense_layers(pl_module, self.request.ignore)
+        self._follow_names(pl_module)
         if retraining.dropout == "follow":
             acts_on = dropout.dropout_layers(pl_module, example)
             own = {name: [weight for weight in weights if weight in self._dense] for name, weights in acts_on.items()}
@@ -222,6 +232,7 @@ class MaskPruneCallback(PruneCallback):
     def _event(self, trainer: pl.Trainer, pl_module: pl.LightningModule, example: ExampleInputs, moment: int) -> None:
         if self.unit is None:
             return super()._event(trainer, pl_module, example, moment)
+        self._follow_names(pl_module)
         ratio = self.events[moment] * self.request.pruning_ratio
         information = self._information(trainer, pl_module)
         masks = agreed(trainer, pl_module, lambda: self._proposed(pl_module, ratio, information)).masks
@@ -249,6 +260,13 @@ class MaskPruneCallback(PruneCallback):
             )
         return None
 
+    def _follow_names(self, pl_module: pl.LightningModule) -> None:
+        """Know weights by the names that they have since the cuts of other callbacks."""
+        for selects in (record.selects for record in history.history_of(pl_module)):
+            self._dense = {renamed(name, selects): layer for name, layer in self._dense.items()}
+            acts_on = self._acts_on.items()
+            self._acts_on = {name: [renamed(weight, selects) for weight in weights] for name, weights in acts_on}
+
     def _in_words(self, masks: Masks) -> str:
         total = sum(prod(layer.shape) for layer in self._dense.values())
         left = sum(int(mask.count_nonzero()) for mask in masks.values())
@@ -263,6 +281,7 @@ class MaskPruneCallback(PruneCallback):
             )
         earlier = dict(self._earlier)
         for record in history.history_of(pl_module)[self._cuts_then :]:
+            earlier = {renamed(name, record.selects): tensor for name, tensor in earlier.items()}
             for name, dims in record.kept.items():
                 if name in earlier:
                     kept = {dim: torch.tensor(positions) for dim, positions in dims.items()}

@@ -59,6 +59,37 @@ def average_over_ranks(trainer: pl.Trainer, tensors: Iterable[Tensor]) -> None:
             tensor /= trainer.world_size
 
 
+def share_buffers(trainer: pl.Trainer, networks: Iterable[nn.Module]) -> None:
+    """Let floating-point buffers be those of the first rank, in place, as DDP does before each training step."""
+    if trainer.world_size > 1:
+        for buffer in (buffer for network in networks for buffer in network.buffers() if buffer.is_floating_point()):
+            torch.distributed.broadcast(buffer, src=0)
+
+
+def sum_over_ranks(trainer: pl.Trainer) -> Callable[[Tensor], Tensor]:
+    """Return what sums a tensor over all ranks."""
+
+    def summed(values: Tensor) -> Tensor:
+        there = values.to(trainer.strategy.root_device)  # NCCL takes nothing else
+        total: Tensor = trainer.strategy.reduce(there, reduce_op="sum")
+        return total.to(values.device)
+
+    return summed
+
+
+def sum_when_all_come(trainer: pl.Trainer) -> Callable[[Tensor], Tensor]:
+    """Return what sums a tensor over all ranks inside of `failing_together`: no rank waits for one that has failed."""
+    plain = sum_over_ranks(trainer)
+
+    def summed(values: Tensor) -> Tensor:
+        trouble = _meet(f"sum up {tuple(values.shape)}")
+        if trouble is not None:
+            raise _TroubleError(trouble)
+        return plain(values)
+
+    return summed
+
+
 class Proposal(Protocol):
     """What several ranks are to do alike."""
 
@@ -91,30 +122,61 @@ def agreed(trainer: pl.Trainer, pl_module: nn.Module, draw_up: Callable[[], Prop
     """
     if trainer.world_size == 1:
         return draw_up()
-    own, failure = None, None
-    try:
+    with failing_together(trainer):
         own = draw_up()
-    except Exception as error:
-        failure = error
-    first = trainer.strategy.broadcast(None if own is None else own.sent(), src=0)
-    said = _gathered(
-        (None if failure is None else str(failure), _digest(pl_module), None if first is None else first.digest())
-    )
-    if failure is not None:
-        raise failure
-    failed = [f"rank {rank} failed: {message}" for rank, (message, *_) in enumerate(said) if message is not None]
-    if failed:
-        raise PruningError(f"Nothing was cut: {failed[0]}")
-    for what, digests in (("hold different networks", said[0][1]), ("have different plans", said[0][2])):
-        other = next((rank for rank, one in enumerate(said) if digests not in one[1:]), None)
+    first = trainer.strategy.broadcast(own.sent(), src=0)
+    said = _gathered((_digest(pl_module), first.digest()))
+    for what, digest in zip(("hold different networks", "have different plans"), said[0], strict=True):
+        other = next((rank for rank, digests in enumerate(said) if digest not in digests), None)
         if other is not None:
             raise PruningError(
                 f"Nothing was cut: ranks 0 and {other} {what}. Build the model the same way on every rank, with "
                 "`pl.seed_everything` where its shape depends on chance."
             )
-    assert first is not None
-    assert own is not None
     return own.received(first)
+
+
+class _TroubleError(Exception):
+    """Something went wrong, and all ranks have heard of it."""
+
+
+@contextmanager
+def failing_together(trainer: pl.Trainer) -> Iterator[None]:
+    """Let what goes wrong inside on one rank be an error on all of them, also where they sum up on the way.
+
+    Raises:
+        PruningError: Another rank has failed.
+        Exception: What was raised on this rank.
+    """
+    if trainer.world_size == 1:
+        yield
+        return
+    try:
+        yield
+        trouble = _meet("end")
+    except _TroubleError as heard:
+        trouble = str(heard)
+    except Exception as error:
+        _meet("end", str(error))
+        raise
+    if trouble is not None:
+        raise PruningError(f"Nothing was cut: {trouble}")
+
+
+def _meet(purpose: str, failure: str | None = None) -> str | None:
+    """Wait until all ranks have come for one purpose, and tell them if this one has failed; return what is wrong."""
+    said = _gathered((purpose, failure))
+    for rank, (_, message) in enumerate(said):
+        if message is not None:
+            return f"rank {rank} failed: {message}"
+    first = said[0][0]
+    other = next((rank for rank, (what, _) in enumerate(said) if what != first), None)
+    if other is None:
+        return None
+    return (
+        f"rank 0 was to {first}, and rank {other} was to {said[other][0]}. Build the model the same way on every rank, "
+        "and let each have examples."
+    )
 
 
 def _gathered(mine: tuple[Any, ...]) -> list[tuple[Any, ...]]:

@@ -22,6 +22,7 @@ from lightning_prune.callbacks.scales import OptimizedScales, penalised_scales, 
 from lightning_prune.callbacks.travel import Lane, tell, travels
 from lightning_prune.criteria import BNScale
 from lightning_prune.penalties import L1, Update
+from lightning_prune.reconstruction import Reconstruction
 from lightning_prune.schedules import Schedule, one_shot
 from lightning_prune.types import Constants, Heads, Trunks, Unit
 
@@ -92,6 +93,7 @@ class BNSlimmingCallback(PruneCallback):
         constants: Constants = "absorb",
         trunks: Trunks = "whole",
         recalibrate: int = 0,
+        reconstruction: Reconstruction | None = None,
     ) -> None:
         passes = _passes(pruning_ratio, schedule, fine_tuning)
         super().__init__(
@@ -111,6 +113,7 @@ class BNSlimmingCallback(PruneCallback):
             constants=constants,
             trunks=trunks,
             recalibrate=recalibrate,
+            reconstruction=reconstruction,
         )
         if passes is not None:
             fine_tuning = 0.5 if fine_tuning is None else fine_tuning

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -13,10 +13,11 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self, override
 
 from lightning_prune.criteria.base import Criterion
+from lightning_prune.criteria.random import Random
 from lightning_prune.criteria.readers import Reader, readers_of
 from lightning_prune.errors import ScoreError
 from lightning_prune.graph import Graph, read
-from lightning_prune.inputs import ExampleInputs
+from lightning_prune.inputs import ExampleInputs, bind
 from lightning_prune.tensors import named_modules, unwrapped
 from lightning_prune.types import ChannelGroup
 
@@ -82,6 +83,36 @@ class Gathered(Criterion):
             yield self
         finally:
             self.look_away()
+
+    @torch.no_grad()
+    def look_through(
+        self, model: nn.Module, graph: Graph, batches: Iterable[ExampleInputs], reduce: AllReduce | None = None
+    ) -> None:
+        """Look at what a model does with some batches, in eval mode, unless that takes gradients.
+
+        Args:
+            model: The model, in the state that was read.
+            graph: A reading of it.
+            batches: What forward takes.
+            reduce: Sums over processes, each of which has batches of its own.
+        """
+        if self.gradients:
+            return
+        modes = {module: module.training for module in model.modules()}
+        self.begin(model, graph)
+        self.forget()
+        try:
+            model.eval()
+            self.look()
+            for batch in batches:
+                bind(model, batch).call(model)
+                self.take()
+        finally:
+            self.look_away()
+            for module, mode in modes.items():
+                module.training = mode
+        if reduce is not None and self._sums:
+            self._sums = _reduced(self._sums, reduce)
 
     def begin(self, model: nn.Module, graph: Graph) -> None:
         """Find out whom to watch."""
@@ -238,6 +269,17 @@ class Gathered(Criterion):
             )
         unfolded: Tensor = values.unflatten(0, (rows, -1))
         return unfolded
+
+
+class Watched(Criterion):
+    """Draws lots for the groups that a criterion can watch: stands in for it where only these groups are asked for."""
+
+    def __init__(self, criterion: Gathered) -> None:
+        self._criterion, self._lots = criterion, Random()
+
+    @override
+    def score(self, model: nn.Module, group: ChannelGroup) -> Tensor | None:
+        return self._lots.score(model, group) if self._criterion.watches(group) else None
 
 
 _COUNTS = "examples and steps"

@@ -109,6 +109,8 @@ class _Places:
         if not isinstance(module, (nn.Linear, _ConvNd)):
             return None
         transposed = isinstance(module, _ConvTransposeNd)
+        if isinstance(module, _ConvTransposeNd) and module.groups == module.in_channels > 1:
+            return _made(True)
         if member.dim != (0 if transposed else 1):
             return _made(member.dim == (1 if transposed else 0))
         return member.positions if transposed else _in_all_parts(member.positions, module)

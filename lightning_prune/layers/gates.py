@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -115,6 +115,22 @@ class Gates(nn.Module):
             if len(channels) < gate.log_alpha.numel():
                 found.update({tensor: {0: channels} for tensor in self._tensors(gate)})
         return {f"{KEY}.{name}": dims for name, dims in found.items()}
+
+    def check_parted(self, names: Iterable[str]) -> None:
+        """See that no layer that reads through gates is to pick its channels by itself.
+
+        Args:
+            names: The modules that a cut puts a `ChannelSelect` before.
+
+        Raises:
+            PruningError: One of them reads through gates.
+        """
+        both = self.read_by().keys() & set(names)
+        if both:
+            raise PruningError(
+                f"{min(both)} reads through gates, and a `ChannelSelect` would pick its channels. Take the gates off "
+                'before (`lightning_prune.gates.fold`), or cut with trunks="whole".'
+            )
 
     def _tensors(self, gate: Gate) -> list[str]:
         """Name the tensors of a gate that have an entry for each of its places."""

@@ -113,13 +113,14 @@ def cut_masks(masks: Masks, cut: Cut) -> Masks:
     Raises:
         PruningError: A mask has not the shape that its tensor had before the cut.
     """
-    for name, mask in masks.items():
+    renamed = {cut.renamed(name): mask for name, mask in masks.items()}
+    for name, mask in renamed.items():
         if name in cut.kept and tuple(mask.shape) != tuple(cut.shapes[name]):
             raise PruningError(
                 f"The mask for {name!r} has the shape {tuple(mask.shape)}, but the cut is one of a tensor of shape "
                 f"{tuple(cut.shapes[name])}. Carry masks through every cut, in order."
             )
-    return {name: cut_tensor(mask, cut.kept[name]) if name in cut.kept else mask for name, mask in masks.items()}
+    return {name: cut_tensor(mask, cut.kept[name]) if name in cut.kept else mask for name, mask in renamed.items()}
 
 
 def pack(masks: Masks) -> dict[str, dict[str, Any]]:

@@ -120,7 +120,8 @@ def _shown(candidates: Candidates, ratios: Sequence[float]) -> Iterable[tuple[st
     """Yield what is to be measured, with a progress bar on stderr."""
     steps = (step for ratio in ratios for step in candidates.pruned(ratio))
     total = len(ratios) * len(candidates.sizes)
-    return track(steps, "Scanning", total=total, console=Console(stderr=True), transient=True)
+    screen = Console(stderr=True)
+    return track(steps, "Scanning", total=total, console=screen, transient=True, disable=not screen.is_terminal)
 
 
 def _measured(model: nn.Module, prune: Prune | None, measure: Measure) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from typing_extensions import override
@@ -37,16 +38,27 @@ class CutProbe(pl.Callback):
         self._seen = 0
 
     @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Nor are those that a network has been through when it is validated."""
+        if stage == "validate":
+            self._seen = len(history_of(pl_module))
+
+    @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Cuts that a checkpoint brought along are no news."""
         self._seen = len(history_of(pl_module))
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note the accuracy as long as nothing has been cut."""
-        untouched = not self.after and len(history_of(pl_module)) == self._seen
-        if untouched and not trainer.sanity_checking and self.monitor in trainer.callback_metrics:
-            self.before = float(trainer.callback_metrics[self.monitor])
+        """Note the accuracy as long as nothing has been cut, and where the cut was made to be validated, after it."""
+        if trainer.sanity_checking or self.monitor not in trainer.callback_metrics:
+            return
+        found, cuts = float(trainer.callback_metrics[self.monitor]), len(history_of(pl_module))
+        if cuts == self._seen and not self.after:
+            self.before = found
+        elif cuts > self._seen and trainer.state.fn == TrainerFn.VALIDATING:
+            self.after.append(found)
+            self._seen = cuts
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
