@@ -28,15 +28,17 @@ class Reconstructed:
         record: What was asked, what was reached, and what held it back.
         refits: For each refitted layer its error, in the order in which they were refitted.
         nbytes: The most memory that the moments of what layers read have taken.
+        kept: The most memory that was kept from one pass over the examples to the next, 1 GiB at most.
     """
 
     record: PruneRecord
     refits: tuple[Refit, ...]
     nbytes: int
+    kept: int
 
     def __str__(self) -> str:
-        lines = [str(self.record), *(f"  {refit}" for refit in self.refits), f"moments: {self.nbytes / 2**20:,.0f} MiB"]
-        return "\n".join(lines)
+        memory = f"memory: moments {self.nbytes / 2**20:,.0f} MiB, kept between passes {self.kept / 2**20:,.0f} MiB"
+        return "\n".join([str(self.record), *(f"  {refit}" for refit in self.refits), memory])
 
 
 def ratio_of(pruning_ratio: float | None, speed_up: float | None, of: Unit) -> float:
@@ -137,4 +139,4 @@ def reconstruct(
         raise PruningError("`batches` yields nothing to reconstruct with. Pass a few thousand images, or a loader.")
     draft = draft_cut(model, seen[0], request, Sights(seen))
     history.commit(model, draft.cut, draft.record, draft.offsets)
-    return Reconstructed(draft.record, draft.refits, draft.nbytes)
+    return Reconstructed(draft.record, draft.refits, draft.nbytes, draft.kept)

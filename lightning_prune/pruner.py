@@ -177,6 +177,7 @@ class Draft:
         restore: Works the offsets out for the weights of a model; not at hand where the draft is another rank's.
         refits: How well refitted layers reproduce their outputs, where there is a reconstruction.
         nbytes: The most memory that a reconstruction's moments have taken.
+        kept: The most memory that it has kept from one pass over the examples to the next.
     """
 
     cut: Cut
@@ -186,6 +187,7 @@ class Draft:
     restore: Callable[[nn.Module], Offsets] | None
     refits: tuple[Refit, ...] = ()
     nbytes: int = 0
+    kept: int = 0
 
     def sent(self) -> Draft:
         """Return what other ranks need of it."""
@@ -284,7 +286,11 @@ def _draft(model: nn.Module, example_inputs: ExampleInputs, request: Request, si
             if request.of not in RECORDED:
                 record = replace(record, reached=reach(plan) if aim is None else aim.reached)
             draft = Draft(cut, record, offsets, plan, restoring.again(plan) if gates_of(model) is None else None)
-            return draft if rebuilt is None else replace(draft, refits=rebuilt.refits, nbytes=rebuilt.nbytes)
+            return (
+                draft
+                if rebuilt is None
+                else replace(draft, refits=rebuilt.refits, nbytes=rebuilt.nbytes, kept=rebuilt.kept)
+            )
         lessons.learn(trial, plan, scores, kinds_of(model, graph.groups))
 
 

@@ -605,3 +605,15 @@ def test_a_network_that_was_pruned_before_is_reconstructed_further() -> None:
     trainer(LassoPruneCallback(0.5, of="channels", reconstruction=LOOK), max_epochs=1).fit(module)
     assert widths(module) == [4, 4]
     assert len(history_of(module)) == 2
+
+
+class AsksTheTrainer(Module):
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.trainer.max_epochs == 1
+        return super().forward(x)
+
+
+def test_a_forward_that_asks_the_trainer_finds_it() -> None:
+    module = AsksTheTrainer()
+    trainer(LassoPruneCallback(0.5, of="channels", reconstruction=LOOK), max_epochs=1).fit(module)
+    assert len(history_of(module)) == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -22,7 +21,7 @@ from lightning_prune.reconstruction.observer import See
 from lightning_prune.reconstruction.resuming import Astray, Resuming
 from lightning_prune.reconstruction.settings import Reconstruction
 from lightning_prune.reconstruction.sites import Site, Sites, find_sites
-from lightning_prune.reconstruction.student import Student, channels_of
+from lightning_prune.reconstruction.student import Student, channels_of, twin
 from lightning_prune.sampling import Layer, draw_points, groups_of, inputs_at, matrix_of, outputs_at, taps_of
 from lightning_prune.types import Attributes, PruningPlan
 
@@ -218,7 +217,7 @@ class _Rebuilding:
         readers = dict.fromkeys((site.name, *(name for group in coming for name in self._sites.of_group[group])))
         student = self._student.network
         if self._settings.targets == "current":
-            now = deepcopy(student)
+            now = twin(student)
             self._resuming.follow(student, now)
             self._before.update({name: now for name in readers if name not in self._before})
         seen = self._moments(list(readers)) if coming and self._choose is not None else {}

@@ -1,25 +1,25 @@
 """Resumes a run where a layer is first called: what was computed before is kept, and not computed again.
 
 While one layer after the other is refitted, all that lies before the layer at hand gives the same in each pass. The
-first run on inputs of some shapes is noted down, operation by operation. In later ones the operations before a place F
-are not done: what is still read at or after F is handed out as it was kept, for all else stands a tensor whose memory
-nobody touches. Each run is held against the notes; one that does anything else is not resumed.
+first run on inputs of some shapes is recorded. In later ones the operations before a place F are not done: what is
+still read at or after F is handed out as it was kept, for all else stands a tensor whose memory nobody touches. Each
+run is held against the recording; one that does anything else is not resumed.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage, nn
 from torch._ops import OpOverload
 
 from lightning_prune.inputs import Inputs, flat_tensors, tensors_in
-from lightning_prune.reconstruction.observer import See, Work, observe
+from lightning_prune.reconstruction.observer import See, observe
+from lightning_prune.reconstruction.recording import Back, New, Recorder, Recording, Run, Step
 from lightning_prune.tensors import named_tensors
 
 aten = torch.ops.aten
@@ -27,109 +27,9 @@ aten = torch.ops.aten
 MOST_BYTES = 2**30
 """What is kept of all batches and networks together takes no more."""
 
-_LARGEST_CONSTANT = 2**20
-"""Bytes of a tensor from outside up to which it is looked at in each run."""
-
-_BY_VALUE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
-_INDEXING = (aten.index.Tensor, aten._unsafe_index.Tensor)
-_TAG = "_lightning_prune_resuming"
-
-Origin: TypeAlias = int | str | None
-"""Where a tensor comes from: the number of a result, the name of one of the network's or an input, or neither."""
-
 
 class Astray(BaseException):
     """Ends a resumed run that does something else than was noted; no handler of the network's own is to catch it."""
-
-
-@dataclass(frozen=True, slots=True)
-class _New:
-    """A result that is a tensor of its own."""
-
-    number: int
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    def blank(self) -> Tensor:
-        """Return what stands for it where nobody reads its values."""
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
-
-
-@dataclass(frozen=True, slots=True)
-class _Back:
-    """A result that is one of the tensors that the operation was given."""
-
-    place: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """What an operation is called with.
-
-    Attributes:
-        op: The operation.
-        plain: Its arguments without the tensors.
-        origins: Where the tensors come from.
-    """
-
-    op: OpOverload
-    plain: Any
-    origins: tuple[Origin, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """An operation as it was noted.
-
-    Attributes:
-        call: What it was called with.
-        constants: The tensors among that which come from outside.
-        results: What it returned.
-        form: The kind of sequence that it returned; None for a single value.
-    """
-
-    call: _Call
-    constants: tuple[Tensor, ...]
-    results: tuple[Any, ...]
-    form: type | None
-
-
-@dataclass
-class Recording:
-    """What a run has done, from the images to the end.
-
-    Attributes:
-        steps: The operations.
-        starts: Name of a layer -> the place of its first call among them.
-        made: Number of a result -> the place of the operation that made it.
-        last_read: Number of a result -> the place of the last operation that reads it.
-        memory: Number of a result -> the number of the first in the same memory; None for memory from outside.
-        last_written: Number of such a first result -> the last operation that writes into its memory.
-        first_read: Name of one of the network's tensors -> the first operation that reads it.
-        refusal: Why a run cannot be resumed; empty if it can.
-        is_checked: Whether a resumed run was seen to give what a full one gives.
-    """
-
-    steps: list[_Step] = field(default_factory=list)
-    starts: dict[str, int] = field(default_factory=dict)
-    made: dict[int, int] = field(default_factory=dict)
-    last_read: dict[int, int] = field(default_factory=dict)
-    memory: dict[int, int | None] = field(default_factory=dict)
-    last_written: dict[int, int] = field(default_factory=dict)
-    first_read: dict[str, int] = field(default_factory=dict)
-    refusal: str = ""
-    is_checked: bool = False
-
-    def live(self, at: int) -> set[int]:
-        """Return the results from before a place that are read there or later."""
-        return {number for number, last in self.last_read.items() if self.made[number] < at <= last}
-
-    def spoiled(self, at: int) -> set[int]:
-        """Return those of them into whose memory something is written there or later."""
-        written = {memory for memory, last in self.last_written.items() if last >= at}
-        return {number for number in self.live(at) if self.memory[number] in written}
 
 
 @dataclass(frozen=True)
@@ -173,150 +73,7 @@ def _nbytes(storages: Iterable[UntypedStorage]) -> int:
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
-class _Run(Work):
-    """Knows where each tensor of a run comes from."""
-
-    def __init__(self, network: nn.Module, inputs: Inputs) -> None:
-        self._own = {id(tensor): name for name, tensor in named_tensors(network).items()}
-        self._inputs = list(tensors_in((inputs.args, dict(inputs.kwargs))))
-        self._own.update({id(tensor): f"<{place}>" for place, tensor in enumerate(self._inputs)})
-        self._mark = object()  # tensors may live on in the network, with numbers of earlier runs
-
-    def _called(self, op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: list[Tensor]) -> _Call:
-        origins = tuple([self._origin(tensor) for tensor in tensors])
-        return _Call(op, (_plain(args), tuple([(key, _plain(value)) for key, value in kwargs.items()])), origins)
-
-    def _origin(self, tensor: Tensor) -> Origin:
-        mark, number = getattr(tensor, _TAG, (None, 0))
-        return number if mark is self._mark else self._own.get(id(tensor))
-
-    def _number(self, tensor: Tensor, number: int) -> None:
-        setattr(tensor, _TAG, (self._mark, number))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return Tensor
-    return tuple([_plain(item) for item in value]) if type(value) in (list, tuple) else value
-
-
-class _Recorder(_Run):
-    """Notes what a run does while it does it."""
-
-    def __init__(self, network: nn.Module, inputs: Inputs) -> None:
-        super().__init__(network, inputs)
-        self.recording = Recording()
-        self._sizes: dict[int, tuple[Any, ...]] = {}
-
-    def starts(self, name: str) -> None:
-        self.recording.starts.setdefault(name, len(self.recording.steps))
-
-    def __call__(self, op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        if self._refuse(""):
-            return op(*args, **kwargs)
-        tensors = flat_tensors((*args, *kwargs.values()))
-        call, place = self._called(op, args, kwargs, tensors), len(self.recording.steps)
-        constants = [tensor for tensor, origin in zip(tensors, call.origins, strict=True) if origin is None]
-        if self._refuse(_why_not(op, tensors, kwargs) or _too_large(constants)):
-            return op(*args, **kwargs)
-        held, draws = tuple([tensor.clone() for tensor in constants]), _draws(op, tensors)
-        out = op(*args, **kwargs)
-        self._refuse("it draws random numbers" if draws is not None and draws != _draws(op, tensors) else "")
-        if self._refuse(next(filter(None, map(_unusual, flat_tensors((out,)))), "")):
-            return out
-        for origin in call.origins:
-            if isinstance(origin, int):
-                self.recording.last_read[origin] = place
-            elif origin is not None and not origin.startswith("<"):
-                self.recording.first_read.setdefault(origin, place)
-        for tensor in _written(op, args, kwargs):
-            self._write(self._origin(tensor), place)
-        form = type(out) if isinstance(out, (list, tuple)) else None
-        values = (out,) if form is None else tuple(out)
-        results = tuple([self._result(value, tensors, place) for value in values])
-        self.recording.steps.append(_Step(call, held, results, form))
-        return out
-
-    def _refuse(self, reason: str) -> bool:
-        """Note a reason, if there is one; tell whether there was one already."""
-        self.recording.refusal = self.recording.refusal or reason
-        return bool(self.recording.refusal)
-
-    def _memory(self, origin: Origin) -> int | None:
-        return self.recording.memory[origin] if isinstance(origin, int) else None
-
-    def _write(self, origin: Origin, place: int) -> None:
-        memory = self._memory(origin)
-        if memory is None:
-            self._refuse("it writes into what outlives the run")
-        else:
-            self.recording.last_written[memory] = place
-
-    def _result(self, value: Any, tensors: list[Tensor], place: int) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        back = next((at for at, tensor in enumerate(tensors) if tensor is value), None)
-        sizes = (value.shape, value.stride())
-        if back is not None:
-            origin = self._origin(value)
-            if isinstance(origin, int) and self._sizes[origin] != sizes:
-                self._refuse("it changes a tensor's shape in place")
-            return _Back(back)
-        number, storage = len(self._sizes), value.untyped_storage()._cdata
-        source = next((tensor for tensor in tensors if tensor.untyped_storage()._cdata == storage), None)
-        self._sizes[number] = sizes
-        self.recording.memory[number] = number if source is None else self._memory(self._origin(source))
-        self.recording.made[number] = place
-        self._number(value, number)
-        return _New(number, *sizes, value.dtype, value.device)
-
-
-def _why_not(op: OpOverload, tensors: list[Tensor], kwargs: Mapping[str, Any]) -> str:
-    """Tell why nothing that comes behind an operation can be resumed."""
-    if any(tag in op.tags for tag in _BY_VALUE) or op.name() == "torchvision::nms":
-        return f"{op} depends on values"
-    if op in _INDEXING and any(index.dtype in (torch.bool, torch.uint8) for index in tensors[1:]):
-        return f"{op} depends on values"
-    if torch.is_grad_enabled():
-        return "it computes gradients"
-    if kwargs.get("generator") is not None:
-        return "it draws random numbers"
-    return next(filter(None, map(_unusual, tensors)), "")
-
-
-def _unusual(tensor: Tensor) -> str:
-    """Tell why a tensor cannot be kept or stood for."""
-    plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout is torch.strided
-    is_usual = plain and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
-    return "" if is_usual else f"it works with {type(tensor).__name__} of layout {tensor.layout}"
-
-
-def _too_large(constants: list[Tensor]) -> str:
-    large = any(constant.nbytes > _LARGEST_CONSTANT for constant in constants)
-    return "it reads large tensors that are not its own" if large else ""
-
-
-def _draws(op: OpOverload, tensors: list[Tensor]) -> list[bytes] | None:
-    """Return the state of what an operation may draw from; None where it does not."""
-    if torch.Tag.nondeterministic_seeded not in op.tags:
-        return None
-    states = [torch.get_rng_state()]
-    states += [torch.cuda.get_rng_state(device) for device in {tensor.device for tensor in tensors if tensor.is_cuda}]
-    return [state.numpy().tobytes() for state in states]
-
-
-@cache
-def _writes(op: OpOverload) -> tuple[tuple[int, str], ...]:
-    """Return the places and names of the arguments that an operation writes into."""
-    arguments = enumerate(op._schema.arguments)
-    return tuple([(at, arg.name) for at, arg in arguments if arg.alias_info is not None and arg.alias_info.is_write])
-
-
-def _written(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    return flat_tensors([args[at] if at < len(args) else kwargs.get(name) for at, name in _writes(op)])
-
-
-class _Replay(_Run):
+class _Replay(Run):
     """Does what a run is known to do, from a place on for which tensors were kept; keeps those of a later place.
 
     Args:
@@ -374,10 +131,10 @@ class _Replay(_Run):
 
     def _step(
         self, op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: list[Tensor]
-    ) -> _Step | None:
+    ) -> Step | None:
         """Return the step that was noted, if this is the same."""
         step = self._recording.steps[self._place] if self._place < len(self._recording.steps) else None
-        call = self._called(op, args, kwargs, tensors)
+        call = self.called(op, args, kwargs, tensors)
         if step is None or call != step.call:
             self._stray()
             return None
@@ -392,21 +149,21 @@ class _Replay(_Run):
         if self._from:
             raise Astray
 
-    def _skipped(self, step: _Step, tensors: list[Tensor]) -> Any:
+    def _skipped(self, step: Step, tensors: list[Tensor]) -> Any:
         """Return what an operation has given, or what stands for it."""
         values: list[Any] = []
         for result in step.results:
-            if isinstance(result, _New):
+            if isinstance(result, New):
                 values.append(self._given.pop(result.number) if result.number in self._given else result.blank())
             else:
-                values.append(tensors[result.place] if isinstance(result, _Back) else result)
+                values.append(tensors[result.place] if isinstance(result, Back) else result)
         return values[0] if step.form is None else step.form(values)
 
-    def _take(self, step: _Step, out: Any) -> None:
+    def _take(self, step: Step, out: Any) -> None:
         """Number what an operation returned, and hold what is to be kept."""
         for result, value in zip(step.results, (out,) if step.form is None else out, strict=True):
-            if isinstance(result, _New):
-                self._number(value, result.number)
+            if isinstance(result, New):
+                self.number(value, result.number)
                 if result.number in self._live and self._place < self._keep_at:
                     self._held[result.number] = value
 
@@ -464,7 +221,7 @@ class Resuming:
 
     def record(self, network: nn.Module, inputs: Inputs, see: See) -> Recording:
         """Run a network to the end, show each call of a layer, and note what is done."""
-        recorder = _Recorder(network, inputs)
+        recorder = Recorder(network, inputs)
         observe(network, inputs, see, self._layers, (), None, recorder)
         recording = self._recordings[_likeness(network, inputs)] = recorder.recording
         if recording.refusal:

@@ -39,7 +39,7 @@ class Student:
 
     def __init__(self, model: nn.Module, graph: Graph, sites: Sites, mended: Attributes) -> None:
         self._graph, self._sites, self._mended = graph, sites, mended
-        self._whole = deepcopy(model).eval()
+        self._whole = twin(model).eval()
         self._tensors = named_tensors(self._whole)
         self._before = {name: self._tensors[name].detach().clone() for name in self._changing()}
         self._removed: dict[str, Tensor] = {}
@@ -129,7 +129,7 @@ class Student:
         return tuple(self._waiting)
 
     def _build(self) -> None:
-        self.network = deepcopy(self._whole)
+        self.network = twin(self._whole)
         apply(self.network, self._cut)
 
     def write(self, site: Site, fit: Fit) -> None:
@@ -191,6 +191,15 @@ class Student:
 def channels_of(layer: nn.Module) -> int:
     """Return how many channels a layer reads."""
     return int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)  # type: ignore[arg-type]
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """Return a copy that shares what copies go without, such as the Trainer of a LightningModule."""
+    copy = deepcopy(model)
+    for own, other in zip(model.modules(), copy.modules(), strict=True):
+        missing = {key: value for key, value in vars(own).items() if value is not None and vars(other).get(key) is None}
+        vars(other).update(missing)
+    return copy
 
 
 def normed_across(graph: Graph) -> set[str]:
