@@ -104,4 +104,5 @@ class Behind:
 
     def _name(self, value: object) -> str | None:
         """Return the name of an argument that is one of the model's tensors."""
-        return value.origin if isinstance(value, Seen) and value.origin in self._tensors else None  # type: ignore[return-value]
+        origin = value.origin if isinstance(value, Seen) else None
+        return origin if isinstance(origin, str) and origin in self._tensors else None

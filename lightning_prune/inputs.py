@@ -132,13 +132,18 @@ def _bind_mapping(model: nn.Module, example: Mapping[str, Any]) -> Inputs:
     return Inputs(kwargs={name: example[name] for name in example if name in known})
 
 
+def examples_in(batch: ExampleInputs) -> int:
+    """Return how many examples a batch holds, by the first tensor that has a dimension."""
+    return next((len(tensor) for tensor in tensors_in(batch) if tensor.dim()), 1)
+
+
 def first_examples(model: nn.Module, batches: Iterable[ExampleInputs], most: int) -> Iterator[Inputs]:
     """Yield what forward takes of some batches, on the model's device, until so many examples have come."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     left = most
     for batch in batches:
         inputs = bind(model, batch).map(lambda tensor: tensor.to(device))
-        examples = next((len(tensor) for tensor in tensors_in((inputs.args, dict(inputs.kwargs))) if tensor.dim()), 1)
+        examples = examples_in((inputs.args, dict(inputs.kwargs)))
         yield inputs if examples <= left else _cut_to(inputs, examples, left)
         left -= examples
         if left <= 0:

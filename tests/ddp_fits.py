@@ -352,12 +352,12 @@ if hasattr(neighbours, "EMAWeightAveraging"):  # Lightning 2.6
     FITS["averaged"] = plain(Shuffled, twice, partial(neighbours.EMAWeightAveraging, decay=0.9))
 
 
-def main() -> None:
-    """Run all fits, one after the other."""
+def run_all(fits: dict[str, Callable[[Path], dict[str, Any]]], folder: Path) -> None:
+    """Run fits, one after the other, and leave what each rank has found in a folder."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    folder, results = Path(sys.argv[1]), {}
-    for name, run in FITS.items():
+    results: dict[str, Any] = {}
+    for name, run in fits.items():
         start = time.monotonic()
         try:
             results[name] = run(folder)
@@ -369,4 +369,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_all(FITS, Path(sys.argv[1]))

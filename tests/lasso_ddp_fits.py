@@ -5,10 +5,8 @@ python lasso_ddp_fits.py <folder>
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -17,7 +15,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from ddp_fits import Shuffled, fit, hashed, outcome
+from ddp_fits import Shuffled, fit, hashed, outcome, run_all
 from fits import EXAMPLE, Module, images, trainer, widths
 from lightning.pytorch import callbacks as neighbours
 from lightning.pytorch.strategies import DDPStrategy
@@ -211,23 +209,5 @@ if hasattr(neighbours, "EMAWeightAveraging"):  # Lightning 2.6
     FITS["an average that fails on one rank"] = failing(Light, average, BreakCopies, begin=1)
 
 
-def main() -> None:
-    """Run all fits, one after the other."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    folder, results = Path(sys.argv[1]), {}
-    for name, run in FITS.items():
-        if len(sys.argv) > 2 and name not in sys.argv[2:]:
-            continue
-        start = time.monotonic()
-        try:
-            results[name] = run(folder)
-        except Exception as error:
-            results[name] = {"unexpected": f"{type(error).__name__}: {error}"}
-        results[name]["took"] = time.monotonic() - start
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        (folder / f"rank{rank}.json").write_text(json.dumps(results), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    run_all({name: run for name, run in FITS.items() if name in (sys.argv[2:] or FITS)}, Path(sys.argv[1]))

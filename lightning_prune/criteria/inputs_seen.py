@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -15,11 +15,8 @@ from lightning_prune.criteria.readers import Reader, channel_dim
 from lightning_prune.types import ChannelGroup
 
 
-class InputsSeen(Gathered):
-    """Sums up, over calls, one number for each channel that a reader is given.
-
-    A channel has the mean of its readers; where it lies at several positions of an input, these add up.
-    """
+class InputsSummed(Gathered):
+    """Sums up, over calls, tensors that say something of what the readers are given."""
 
     gradients: ClassVar[bool] = False
 
@@ -32,8 +29,8 @@ class InputsSeen(Gathered):
     @torch.no_grad()
     def _note(self, name: str, inputs: Tensor, gradient: Tensor | None) -> None:
         self._count = max(self._count, self._rows or len(inputs))
-        found = self._of_inputs(inputs.movedim(channel_dim(self._modules[name]), 1))
-        self._step[name] = self._step[name] + found if name in self._step else found
+        for key, found in self._of_call(name, inputs).items():
+            self._step[key] = self._step[key] + found if key in self._step else found
 
     @override
     def _of_step(self, scale: float) -> tuple[int, dict[str, Tensor]]:
@@ -46,6 +43,21 @@ class InputsSeen(Gathered):
     @override
     def is_finite(self) -> bool:
         return True
+
+    @abstractmethod
+    def _of_call(self, name: str, inputs: Tensor) -> Mapping[str, Tensor]:
+        """Return what is summed up of a reader's input, under names that no other reader has."""
+
+
+class InputsSeen(InputsSummed):
+    """Sums up, over calls, one number for each channel that a reader is given.
+
+    A channel has the mean of its readers; where it lies at several positions of an input, these add up.
+    """
+
+    @override
+    def _of_call(self, name: str, inputs: Tensor) -> Mapping[str, Tensor]:
+        return {name: self._of_inputs(inputs.movedim(channel_dim(self._modules[name]), 1))}
 
     @override
     def _scores(self, model: nn.Module, group: ChannelGroup, readers: Sequence[Reader]) -> Tensor | None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 from typing_extensions import override
 
 from lightning_prune.behind import Behind
-from lightning_prune.criteria.gathered import Gathered
+from lightning_prune.criteria.inputs_seen import InputsSummed
 from lightning_prune.criteria.readers import Reader
 from lightning_prune.graph import Graph
 from lightning_prune.lasso import choose, lasso_path, nested_errors
@@ -20,7 +20,7 @@ from lightning_prune.tensors import named_tensors
 from lightning_prune.types import ChannelGroup
 
 
-class Lasso(Gathered):
+class Lasso(InputsSummed):
     """The order in which channels enter the LASSO that reproduces the outputs of the layers that read them.
 
     He, Zhang, Sun 2017, "Channel Pruning for Accelerating Very Deep Neural Networks" (arXiv 1707.06168, equation 1,
@@ -42,16 +42,12 @@ class Lasso(Gathered):
         ValueError: `points` is below 1.
     """
 
-    gradients: ClassVar[bool] = False
-
     def __init__(self, points: int = 2) -> None:
         if points < 1:
             raise ValueError(f"`points` is positions of an output that are looked at, 1 or more; got {points}.")
         super().__init__()
         self.points = points
         self._scales: dict[str, Tensor] = {}
-        self._step: dict[str, Tensor] = {}
-        self._count = 0
 
     @override
     def begin(self, model: nn.Module, graph: Graph) -> None:
@@ -71,16 +67,12 @@ class Lasso(Gathered):
         return choose(responses.gram.cpu(), responses.target.cpu(), count)
 
     @override
-    @torch.no_grad()
-    def _note(self, name: str, inputs: Tensor, gradient: Tensor | None) -> None:
+    def _of_call(self, name: str, inputs: Tensor) -> Mapping[str, Tensor]:
         layer: Layer = self._modules[name]  # type: ignore[assignment]
-        self._count = max(self._count, self._rows or len(inputs))
         points = draw_points(layer, inputs, self.points, Generator().manual_seed(self.steps))
         x = inputs_at(layer, inputs, points).transpose(0, 1).double()
-        parts = {_GRAM: among_channels(x.mT @ x, self._weight(name), taps_of(layer)), _SUM: x.sum(1), _ROWS: _one(x)}
-        for what, part in parts.items():
-            key = name + what
-            self._step[key] = self._step[key] + part if key in self._step else part
+        gram = among_channels(x.mT @ x, self._weight(name), taps_of(layer))
+        return {name + _GRAM: gram, name + _SUM: x.sum(1), name + _ROWS: _one(x)}
 
     def _weight(self, name: str) -> Tensor:
         """Return the matrix of a layer, with what the norm behind it makes of its outputs."""
@@ -89,18 +81,6 @@ class Lasso(Gathered):
         if name not in self._scales:
             return matrix
         return matrix * self._scales[name].to(matrix).view(groups_of(layer), -1, 1)
-
-    @override
-    def _of_step(self, scale: float) -> tuple[int, dict[str, Tensor]]:
-        return self._count, dict(self._step)
-
-    @override
-    def _drop_step(self) -> None:
-        self._step, self._count = {}, 0
-
-    @override
-    def is_finite(self) -> bool:
-        return True
 
     @override
     def _scores(self, model: nn.Module, group: ChannelGroup, readers: Sequence[Reader]) -> Tensor | None:

@@ -10,6 +10,7 @@ from torch import Generator, Tensor, nn
 
 from lightning_prune.errors import PruningError
 from lightning_prune.inputs import ExampleInputs, bind
+from lightning_prune.sampling import draw_points, outputs_at
 from lightning_prune.tensors import swapped
 
 
@@ -83,22 +84,13 @@ def watch_outputs(
 def _watching(conv: nn.Conv2d, outputs: Outputs, points: int | None, generator: Generator) -> ExitStack:
     """Take in what a layer returns, until the stack is left."""
 
-    def hook(module: nn.Module, args: tuple[object, ...], output: Tensor) -> None:
-        outputs.add(_drawn(output if output.dim() == 4 else output.unsqueeze(0), points, generator))
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        drawn = draw_points(conv, args[0], output.numel() if points is None else points, generator)
+        outputs.add(outputs_at(conv, output, drawn).flatten(1))
 
     stack = ExitStack()
     stack.callback(conv.register_forward_hook(hook).remove)
     return stack
-
-
-def _drawn(output: Tensor, points: int | None, generator: Generator) -> Tensor:
-    """Draw points of maps (examples, n, height, width): (examples * points, n)."""
-    flat = output.flatten(2)
-    examples, channels, there = flat.shape
-    if points is not None and points < there:
-        places = torch.rand(examples, there, generator=generator).topk(points).indices.to(flat.device)
-        flat = flat.gather(2, places.unsqueeze(1).expand(-1, channels, -1))
-    return flat.transpose(1, 2).flatten(0, 1)
 
 
 def _check(name: str, outputs: Outputs) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import TypeAlias
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from lightning_prune.cut import Offsets
 from lightning_prune.errors import PruningError
 from lightning_prune.graph import Graph
-from lightning_prune.inputs import ExampleInputs, Inputs, bind, tensors_in
+from lightning_prune.inputs import ExampleInputs, Inputs, bind, examples_in
 from lightning_prune.moments import Moments, Responses, joined
 from lightning_prune.reconstruction.observer import See
 from lightning_prune.reconstruction.resuming import Astray, Resuming
@@ -140,7 +141,6 @@ class _Rebuilding:
         self._removed: dict[str, Tensor] = {}
         self._before: dict[str, nn.Module] = {}
         self._calls: dict[str, int] = {}
-        self._rows: dict[str, int] = {}
         self._nbytes = 0
         self._resuming = Resuming(self._sites.all)
 
@@ -184,14 +184,14 @@ class _Rebuilding:
 
         if self._batches:
             self._resuming.record(self._original, bind(self._original, self._batches[0]), see)
-        examples = torch.tensor(float(sum(map(_examples, self._batches))), dtype=torch.float64)
+        examples = torch.tensor(float(sum(map(examples_in, self._batches))), dtype=torch.float64)
         if self._all_reduce is not None:
             examples = self._all_reduce(examples)
         if not examples:
             raise PruningError(
                 "There was no batch to reconstruct with. Pass a few thousand images, or a loader that yields them."
             )
-        share = float(examples) / max(_examples(self._batches[0]), 1) if self._batches else 0.0
+        share = float(examples) / max(examples_in(self._batches[0]), 1) if self._batches else 0.0
         for name in self._calls:
             self._check_rows(self._sites.all[name], int(rows[name] * share))
 
@@ -207,7 +207,7 @@ class _Rebuilding:
         if rows < left + 1 and not self._settings.ridge:
             raise PruningError(
                 f"{site.name} keeps {left} columns (channels times taps), which takes as many rows and one more; there "
-                f"are {rows}. Pass at least {-(-(left + 1) * 1 // max(rows, 1))} times the images, take more `points` "
+                f"are {rows}. Pass at least {ceil((left + 1) / max(rows, 1))} times the images, take more `points` "
                 "of each where its output has them, or allow for a `ridge`, such as 1e-3."
             )
 
@@ -332,8 +332,3 @@ def _through(scale: Tensor | None) -> Tensor:
     if scale is None:
         return torch.ones(())
     return torch.where(scale.abs() < _LEAST_SCALE, 0.0, 1 / scale)
-
-
-def _examples(batch: ExampleInputs) -> int:
-    """Return how many examples a batch holds, by the first tensor that has a dimension."""
-    return next((len(tensor) for tensor in tensors_in(batch) if tensor.dim()), 1)
