@@ -8,6 +8,8 @@ for each point and output, are 3 200 000, 13 GB in float64; their moments are 2 
     code     what the authors' code takes: min(400, points / 20) points with all 64 outputs, 25 600 rows
     spread   one output, drawn at random, at each of the 50 000 points
 
+    wide     eight outputs, drawn at random, at each of the 50 000 points: 400 000 rows, 1.6 GB
+
 There are two such layers, one whose channels and filters are mixtures of as many factors as channels, and one of 16:
 channels that are different, and channels that are alike. The bisection is that of the authors' code: alpha doubles from
 0.001 until fewer than `keep` channels are left, then the interval from 0 to there is halved until `keep` to 1.1 `keep`
@@ -75,6 +77,10 @@ def code_rows(read: Tensor, weight: Tensor, generator: torch.Generator) -> Tenso
 
 def spread_rows(read: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
     return (read * weight.T[torch.randint(OUTPUTS, (len(read),), generator=generator)]).double()
+
+
+def wide_rows(read: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.cat([spread_rows(read, weight, generator) for _ in range(8)])
 
 
 def bisect(
@@ -188,7 +194,7 @@ def main() -> None:
     for name, kinds in (("different", given.channels), ("alike", 16)):
         read, weight = layer(given.channels, given.images, kinds)
         generator = torch.Generator().manual_seed(1)
-        for rows in (code_rows, spread_rows):
+        for rows in (code_rows, spread_rows, wide_rows):
             found = results[f"{name}, {rows.__name__}"] = compared(rows(read, weight, generator), given.keep)
             print(told(f"{name}, {rows.__name__}", found, given.keep), flush=True)
         found = results[f"{name}, all"] = walked(read, weight, given.keep)

@@ -127,7 +127,8 @@ class Bench:
     ) -> pl.LightningModule:
         """Train a net in place, with callbacks that may prune it."""
         data = self.images(task, seed, setting)
-        module = Training(net.to(memory_format=torch.channels_last), setting, data)  # faster on CPUs
+        net = net.train().to(memory_format=torch.channels_last)  # Lightning keeps the mode; faster on CPUs
+        module = Training(net, setting, data)
         trainer = pl.Trainer(max_epochs=setting.epochs, callbacks=list(callbacks), **_QUIET)  # type: ignore[arg-type]
         trainer.fit(module, train_dataloaders=data.train_dataloader())
         if not all(bool(parameter.isfinite().all()) for parameter in net.parameters()):

@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_prune.cut import Cut
 from lightning_prune.inputs import Inputs
+from lightning_prune.modes import in_eval_mode
 from lightning_prune.surgery import apply
 
 logger = logging.getLogger(__name__)
@@ -105,19 +106,14 @@ def time_left(model: nn.Module, cut: Cut, inputs: Inputs) -> float:
     """
     small = deepcopy(model)
     apply(small, cut)
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with torch.inference_mode():
-            for network in (model.eval(), small.eval()):
-                inputs.call(network)
-            ratios: list[float] = []
-            start = perf_counter()
-            while len(ratios) < _LEAST or (perf_counter() - start < _SECONDS and len(ratios) < _MOST):
-                before, after = (_seconds(network, inputs) for network in (model, small))
-                ratios.append(after / before)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    ratios: list[float] = []
+    with in_eval_mode(model), torch.inference_mode():
+        for network in (model, small.eval()):
+            inputs.call(network)
+        start = perf_counter()
+        while len(ratios) < _LEAST or (perf_counter() - start < _SECONDS and len(ratios) < _MOST):
+            before, after = (_seconds(network, inputs) for network in (model, small))
+            ratios.append(after / before)
     return median(ratios)
 
 

@@ -85,7 +85,8 @@ def experiment_from(config: DictConfig) -> Experiment:
 
     def trainer(name: str, callbacks: list[pl.Callback]) -> pl.Trainer:
         loggers = instantiate(config.logger) if name == "pruned" else False
-        return _trainer(config, callbacks=callbacks, logger=loggers, default_root_dir=str(_folder() / name))
+        more = [instantiate(each) for each in (config.get("callbacks") or {}).values()]
+        return _trainer(config, callbacks=[*more, *callbacks], logger=loggers, default_root_dir=str(_folder() / name))
 
     return Experiment(
         data,

@@ -13,6 +13,7 @@ from proof import Net, randomise
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from lightning_prune.callbacks.gate_costs import dense_cost
 from lightning_prune.gates import Choice, ExpectedL0, GateGranularity, choose, decay_gradients
 from lightning_prune.graph import Graph, ignored_tensors, read
 from lightning_prune.layers import Bernoulli, Gate, HardConcrete
@@ -250,6 +251,16 @@ def test_masks_save_no_macs_and_no_channels(unit: str) -> None:
     cost = ExpectedL0(model, read(model, x), choice.gates, unit)  # type: ignore[arg-type]
     assert cost.has_channels
     assert cost.present == {"macs": 3 * 4 + 4 * 5 + 5 * 2, "channels": 9}[unit]
+
+
+def test_channels_without_gates_do_not_count() -> None:
+    model, x = perceptron(4, 6, 5, 3), torch.zeros(1, 4)
+    choice = chosen(model, x, {"0": "channels"})
+    graph, (gate,) = read(model, x), choice.gates.named().values()
+    cost = ExpectedL0(model, graph, choice.gates, "channels")
+    assert cost.present == gate.log_alpha.numel()
+    assert dense_cost(model, graph, choice.gates, "channels") == cost.present  # type: ignore[arg-type]
+    assert float(cost.expected()) == pytest.approx(gate.open_probability().sum().item())
 
 
 def test_macs_are_those_of_an_example() -> None:

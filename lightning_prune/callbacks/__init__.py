@@ -1,8 +1,10 @@
 """Lightning callbacks: the engine, and a preset for each method."""
 
 from lightning_prune.callbacks.base import PruneCallback
+from lightning_prune.callbacks.channel_health import ChannelHealthMonitor
 from lightning_prune.callbacks.checkpoints import PrunedStateMixin
 from lightning_prune.callbacks.distillation import DistillationCallback
+from lightning_prune.callbacks.equilibrium import ChannelEquilibriumCallback
 from lightning_prune.callbacks.ewc import EWCCallback
 from lightning_prune.callbacks.fisher import FisherPruneCallback
 from lightning_prune.callbacks.fisher_rao import FisherRaoMonitor
@@ -17,6 +19,8 @@ from lightning_prune.callbacks.slimming import BNSlimmingCallback
 
 __all__ = [
     "BNSlimmingCallback",
+    "ChannelEquilibriumCallback",
+    "ChannelHealthMonitor",
     "DistillationCallback",
     "EWCCallback",
     "FisherPruneCallback",

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_prune.inputs import Inputs
+from lightning_prune.modes import in_eval_mode
 
 
 def batch_of(inputs: Inputs, size: int) -> Inputs:
@@ -26,20 +27,14 @@ def measure_latency(model: nn.Module, inputs: Inputs, *, seconds: float = 0.5) -
         inputs: What forward is called with.
         seconds: How long to measure; at least five passes are timed, after one to warm up.
     """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     times: list[float] = []
-    try:
-        with torch.inference_mode():
+    with in_eval_mode(model), torch.inference_mode():
+        inputs.call(model)
+        while len(times) < 5 or sum(times) < seconds:
+            start = perf_counter()
             inputs.call(model)
-            while len(times) < 5 or sum(times) < seconds:
-                start = perf_counter()
-                inputs.call(model)
-                _wait(model)
-                times.append(perf_counter() - start)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+            _wait(model)
+            times.append(perf_counter() - start)
     return median(times) * 1e3
 
 

@@ -18,6 +18,7 @@ from lightning_prune.criteria.readers import Reader, readers_of
 from lightning_prune.errors import ScoreError
 from lightning_prune.graph import Graph, read
 from lightning_prune.inputs import ExampleInputs, bind
+from lightning_prune.modes import in_eval_mode
 from lightning_prune.tensors import named_modules, unwrapped
 from lightning_prune.types import ChannelGroup
 
@@ -98,19 +99,16 @@ class Gathered(Criterion):
         """
         if self.gradients:
             return
-        modes = {module: module.training for module in model.modules()}
         self.begin(model, graph)
         self.forget()
         try:
-            model.eval()
-            self.look()
-            for batch in batches:
-                bind(model, batch).call(model)
-                self.take()
+            with in_eval_mode(model):
+                self.look()
+                for batch in batches:
+                    bind(model, batch).call(model)
+                    self.take()
         finally:
             self.look_away()
-            for module, mode in modes.items():
-                module.training = mode
         if reduce is not None and self._sums:
             self._sums = _reduced(self._sums, reduce)
 

@@ -25,7 +25,7 @@ class ExpectedL0:
 
     A weight of channels o and i is there if both gates are open, so that E[L0] = sum over weights of P(z_o > 0)
     P(z_i > 0), and where it has one gate, |g| P(z_g > 0) for all |g| weights of a gate: Louizos, Welling, Kingma 2018
-    (arXiv 1712.01312), eq. 4 and 12. MACs are counted in the same way, for one example.
+    (arXiv 1712.01312), eq. 4 and 12. MACs are counted in the same way, for one example; of channels those with gates.
 
     Args:
         model: The network, without its gates.
@@ -50,6 +50,7 @@ class ExpectedL0:
         costs = Costs(model, graph)
         self._cost = costs.expected(unit, self._grouped) if self._grouped else None
         self._dense = costs.of("params").total if self._cost is None else self._cost.dense
+        self._ungated = self._dense - sum(shapes[name][0] for name in self._grouped) if unit == "channels" else 0.0
         self._share = per_example(10**12, graph.inputs) / 10**12 if unit == "macs" else 1.0
         layers, made = named_modules(model), writings(model, graph, gates)
         self._own = [_Own(layers[name], gates.read_by()[name], made[name], self.named) for name in own]
@@ -62,7 +63,7 @@ class ExpectedL0:
     @property
     def present(self) -> float:
         """What the network costs with all gates open."""
-        return self._dense * self._share
+        return (self._dense - self._ungated) * self._share
 
     def of(self, open_: Mapping[str, Tensor]) -> Tensor:
         """Return the expected cost, a scalar.
@@ -73,7 +74,7 @@ class ExpectedL0:
         corrections = [own.correction(open_) for own in self._own]
         if self._cost is None:
             return self._dense + torch.stack(corrections).sum()
-        cost = self._cost([open_[name] for name in self._grouped]) * self._share
+        cost = self._cost([open_[name] for name in self._grouped]) * self._share - self._ungated
         return cost + torch.stack(corrections).sum() if corrections else cost
 
     def expected(self) -> Tensor:

@@ -5,6 +5,7 @@ from lightning_prune.workbench.classifier import Classifier
 from lightning_prune.workbench.data import Digits, MemoryImages, TorchvisionImages
 from lightning_prune.workbench.experiment import Experiment
 from lightning_prune.workbench.models import (
+    VGG11BN,
     VGG16BN,
     LeNet5,
     LeNet300,
@@ -18,6 +19,7 @@ from lightning_prune.workbench.probe import CutProbe
 from lightning_prune.workbench.shared_trunks import DenseNet, PreActResNet, densenet40, resnet164
 
 __all__ = [
+    "VGG11BN",
     "VGG16BN",
     "Classifier",
     "CutProbe",

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_prune.workbench.extras import optional
-from lightning_prune.workbench.pieces import check_sizes, conv3x3, start_from, widened
+from lightning_prune.workbench.pieces import Norm, batch_norm, check_sizes, conv3x3, start_from, widened
 
+_VGG11 = (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M")
 _VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
 
 
@@ -118,7 +119,10 @@ class VGG16BN(nn.Module):
         num_classes: Length of the output.
         width: Factor on the channels of every convolution.
         bn_scale: What the scales of the batch norms start from; the slimming paper takes 0.5.
+        norm: What stands behind each convolution.
     """
+
+    steps: ClassVar[Sequence[int | str]] = _VGG16
 
     def __init__(
         self,
@@ -128,15 +132,16 @@ class VGG16BN(nn.Module):
         *,
         width: float = 1.0,
         bn_scale: float = 1.0,
+        norm: Norm = "bn",
     ) -> None:
         super().__init__()
         check_sizes(in_channels, image_size, num_classes, smallest=1)
         layers: list[nn.Module] = []
         channels, side = in_channels, image_size
-        for step in _VGG16:
+        for step in self.steps:
             if isinstance(step, int):
                 out = widened(step, width)
-                layers += [conv3x3(channels, out), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
+                layers += [conv3x3(channels, out), batch_norm(out, norm), nn.ReLU(inplace=True)]
                 channels = out
             elif side > 1:
                 layers.append(nn.MaxPool2d(2))
@@ -150,6 +155,15 @@ class VGG16BN(nn.Module):
         """Images (batch, in_channels, image_size, image_size) to logits (batch, num_classes)."""
         logits: Tensor = self.classifier(self.pool(self.features(images)).flatten(1))
         return logits
+
+
+class VGG11BN(VGG16BN):
+    """VGG-11 with batch normalisation for small images; the arguments are those of `VGG16BN`.
+
+    Source: Simonyan, Zisserman 2015, "Very deep convolutional networks for large-scale image recognition", table 1.
+    """
+
+    steps = _VGG11
 
 
 class PaddedShortcut(nn.Module):
@@ -180,14 +194,17 @@ class BasicBlock(nn.Module):
         out_channels: Channels of the output.
         stride: Step of the first convolution.
         option: Shortcut where the shape changes, see `ResNet`.
+        norm: What stands behind the second convolution.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, *, option: Literal["A", "B"]) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int, *, option: Literal["A", "B"], norm: Norm
+    ) -> None:
         super().__init__()
         self.conv1 = conv3x3(in_channels, out_channels, stride)
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.conv2 = conv3x3(out_channels, out_channels)
-        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.bn2 = batch_norm(out_channels, norm)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
             self.shortcut = _shortcut(in_channels, out_channels, stride, option)
@@ -210,6 +227,8 @@ class ResNet(nn.Module):
         num_classes: Length of the output.
         option: Shortcut where the shape changes: "A" takes no parameters, "B" is a 1x1 convolution.
         width: Factor on the channels of every stage.
+        norm: What stands behind the first convolution, and at the end of each block but those of the last stage, as
+            Shao et al. 2020 place Channel Equilibrium in a ResNet; elsewhere it is a BatchNorm.
     """
 
     def __init__(
@@ -221,6 +240,7 @@ class ResNet(nn.Module):
         num_classes: int = 10,
         option: Literal["A", "B"] = "B",
         width: float = 1.0,
+        norm: Norm = "bn",
     ) -> None:
         super().__init__()
         check_sizes(in_channels, image_size, num_classes, smallest=4)
@@ -228,10 +248,10 @@ class ResNet(nn.Module):
             raise ValueError(f'`option` names the shortcut of He et al., "A" or "B"; got {option!r}.')
         w16, w32, w64 = (widened(channels, width) for channels in (16, 32, 64))
         self.conv1 = conv3x3(in_channels, w16)
-        self.bn1 = nn.BatchNorm2d(w16)
-        self.stage1 = _stage(blocks, w16, w16, stride=1, option=option)
-        self.stage2 = _stage(blocks, w16, w32, stride=2, option=option)
-        self.stage3 = _stage(blocks, w32, w64, stride=2, option=option)
+        self.bn1 = batch_norm(w16, norm)
+        self.stage1 = _stage(blocks, w16, w16, stride=1, option=option, norm=norm)
+        self.stage2 = _stage(blocks, w16, w32, stride=2, option=option, norm=norm)
+        self.stage3 = _stage(blocks, w32, w64, stride=2, option=option, norm="bn")
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(w64, num_classes)
 
@@ -250,9 +270,10 @@ def resnet20(
     *,
     option: Literal["A", "B"] = "B",
     width: float = 1.0,
+    norm: Norm = "bn",
 ) -> ResNet:
     """ResNet-20 for small images (He et al. 2015, section 4.2); the arguments are those of `ResNet`."""
-    return ResNet(3, in_channels, image_size, num_classes=num_classes, option=option, width=width)
+    return ResNet(3, in_channels, image_size, num_classes=num_classes, option=option, width=width, norm=norm)
 
 
 def resnet56(
@@ -262,9 +283,10 @@ def resnet56(
     *,
     option: Literal["A", "B"] = "B",
     width: float = 1.0,
+    norm: Norm = "bn",
 ) -> ResNet:
     """ResNet-56 for small images (He et al. 2015, section 4.2); the arguments are those of `ResNet`."""
-    return ResNet(9, in_channels, image_size, num_classes=num_classes, option=option, width=width)
+    return ResNet(9, in_channels, image_size, num_classes=num_classes, option=option, width=width, norm=norm)
 
 
 def torchvision_model(
@@ -324,8 +346,8 @@ def _shortcut(in_channels: int, out_channels: int, stride: int, option: Literal[
 
 
 def _stage(
-    blocks: int, in_channels: int, out_channels: int, *, stride: int, option: Literal["A", "B"]
+    blocks: int, in_channels: int, out_channels: int, *, stride: int, option: Literal["A", "B"], norm: Norm
 ) -> nn.Sequential:
-    first = BasicBlock(in_channels, out_channels, stride, option=option)
-    rest = (BasicBlock(out_channels, out_channels, 1, option=option) for _ in range(blocks - 1))
+    first = BasicBlock(in_channels, out_channels, stride, option=option, norm=norm)
+    rest = (BasicBlock(out_channels, out_channels, 1, option=option, norm=norm) for _ in range(blocks - 1))
     return nn.Sequential(first, *rest)

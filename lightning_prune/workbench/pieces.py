@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Final, Literal, TypeAlias
+
 from torch import nn
+
+from lightning_prune.layers import BatchDecorrelation, ChannelEquilibrium, Equilibrated, InstanceReweighting
+
+Norm: TypeAlias = Literal["bn", "bd", "ir", "ce"]
+"""BatchNorm alone, or with a Channel Equilibrium block behind it, or with one of its branches."""
+
+_BLOCKS: Final[dict[str, Callable[[int], ChannelEquilibrium | BatchDecorrelation | InstanceReweighting]]] = {
+    "bd": BatchDecorrelation,
+    "ir": InstanceReweighting,
+    "ce": ChannelEquilibrium,
+}
 
 
 def check_sizes(in_channels: int, image_size: int, num_classes: int, *, smallest: int) -> None:
@@ -42,6 +56,19 @@ def widened(channels: int, width: float) -> int:
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
     """A 3x3 convolution that keeps the size of the map, or divides it by the stride; a norm takes its bias' place."""
     return nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
+
+
+def batch_norm(channels: int, norm: Norm = "bn") -> nn.BatchNorm2d | Equilibrated:
+    """A BatchNorm, and what `norm` names behind it.
+
+    Raises:
+        ValueError: `norm` is unknown.
+    """
+    if norm == "bn":
+        return nn.BatchNorm2d(channels)
+    if norm not in _BLOCKS:
+        raise ValueError(f"`norm` is one of 'bn', {', '.join(map(repr, _BLOCKS))}; got {norm!r}.")
+    return Equilibrated(nn.BatchNorm2d(channels), _BLOCKS[norm](channels))
 
 
 def start_from(net: nn.Module, bn_scale: float) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_prune.history import history_of
+from lightning_prune.modes import in_eval_mode
 
 
 class CutProbe(pl.Callback):
@@ -112,14 +113,8 @@ def _accuracy(trainer: pl.Trainer, module: pl.LightningModule) -> float:
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards each submodule is in the mode it was in."""
-    modes = {part: part.training for part in module.modules()}
-    try:
-        with torch.no_grad():
-            module.eval()
-            yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
+    with in_eval_mode(module), torch.no_grad():
+        yield
 
 
 def _validation_batches(trainer: pl.Trainer) -> Iterator[Any]:
