@@ -1,4 +1,4 @@
-"""`lightning-prune-sensitivity` from outside: a scan that trains, scans that load, and wrong arguments."""
+"""`lightning-prune sensitivity` from outside: a scan that trains, scans that load, and wrong arguments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from PIL import Image
 
 from lightning_prune import prune
-from lightning_prune.cli import classifier_from, sensitivity_from
+from lightning_prune.cli.building import classifier_from, sensitivity_from
 from lightning_prune.errors import HistoryError
 from lightning_prune.history import save_pruned
 from lightning_prune.sensitivity import Sensitivity
@@ -22,7 +22,7 @@ from lightning_prune.workbench import Digits
 
 
 def cli(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from lightning_prune.cli import scan; scan()", *arguments]
+    command = [sys.executable, "-m", "lightning_prune", "sensitivity", *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 

@@ -32,7 +32,7 @@ from lightning_prune.callbacks import (
     PruneCallback,
 )
 from lightning_prune.callbacks.base import unwrapped
-from lightning_prune.cli import experiment_from
+from lightning_prune.cli.building import experiment_from
 from lightning_prune.equilibrium import Equilibrium, blocks_of
 from lightning_prune.equilibrium.inserting import put_behind
 from lightning_prune.errors import PruningError
@@ -549,7 +549,7 @@ class TestConfig:
         assert vars(callback) == vars(plain), "the defaults in the file are those of the class"
 
     def test_every_trainer_gets_one_of_its_own(self, in_a_folder_of_its_own: None, monkeypatch: Any) -> None:
-        monkeypatch.setattr("lightning_prune.cli._folder", Path.cwd)
+        monkeypatch.setattr("lightning_prune.cli.building.folder", Path.cwd)
         config = composed("callbacks=[channel_equilibrium]", "callbacks.channel_equilibrium.group_size=8")
         made = experiment_from(config).trainer
         found = [

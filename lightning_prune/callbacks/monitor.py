@@ -69,7 +69,7 @@ class SparsityMonitor(pl.Callback):
         }
 
     def _draw(self, experiment: Any, pl_module: pl.LightningModule, step: int) -> None:
-        scales = _bn_scales(pl_module)
+        scales = bn_scales(pl_module)
         if scales is not None:
             experiment.add_histogram("prune/bn_scales", scales, step)
         records = history_of(pl_module)
@@ -92,7 +92,8 @@ def drawing_boards(trainer: pl.Trainer) -> list[Any]:
     return [board for board in experiments if hasattr(board, "add_histogram") and hasattr(board, "add_image")]
 
 
-def _bn_scales(pl_module: pl.LightningModule) -> Tensor | None:
+def bn_scales(pl_module: pl.LightningModule) -> Tensor | None:
+    """Return the absolute scales of all BatchNorm layers, (n,), on the CPU; None where there are none."""
     layers = [module for module in pl_module.modules() if isinstance(module, _BatchNorm) and module.affine]
     scales = [layer.weight.detach().abs().float().cpu() for layer in layers]
     return torch.cat(scales) if scales else None

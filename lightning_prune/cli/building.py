@@ -1,71 +1,30 @@
-"""The Hydra applications: `lightning-prune method=slimming data=digits ...`, and `lightning-prune-sensitivity ...`."""
+"""From a config to what it describes: network, data, Trainer, experiment, scan."""
 
 from __future__ import annotations
 
-import json
-import logging
-import platform
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
 import lightning.pytorch as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
+from omegaconf import DictConfig
 
-from lightning_prune.__version__ import __version__
 from lightning_prune.errors import HistoryError
 from lightning_prune.history import KEY, load_pruned
-from lightning_prune.report import comparison_table, count
 from lightning_prune.sensitivity import Sensitivity, sensitivity
 from lightning_prune.workbench import Classifier, Experiment, MemoryImages
 
-log = logging.getLogger(__name__)
 
-
-@hydra.main(version_base="1.3", config_path="pkg://lightning_prune.conf", config_name="config")
-def main(config: DictConfig) -> float:
-    """Run one experiment, leave its figures in the run's folder, and return the pruned test accuracy."""
-    folder = _folder()
-    _limit_threads(config)
-    summary = {
-        "version": __version__,
-        "torch": torch.__version__,
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "seed": config.seed,
-        "choices": {group: choice for group, choice in HydraConfig.get().runtime.choices.items() if "/" not in group},
-        **experiment_from(config).run(),
-    }
-    write_whole(folder / "summary.json", json.dumps(summary, indent=2))
-    write_whole(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-    Console().print(comparison_table(_rows(summary), f"Dense against pruned, seed {config.seed}"))
-    log.info("everything about this run lies in %s", folder)
-    return float(summary["accuracy"]["end"])
-
-
-@hydra.main(version_base="1.3", config_path="pkg://lightning_prune.conf", config_name="sensitivity")
-def scan(config: DictConfig) -> None:
-    """Scan how sensitive the layers of a trained network are, and leave the figures in the run's folder."""
-    folder = _folder()
-    _limit_threads(config)
-    found = sensitivity_from(config)
-    found.save(folder / "sensitivity.json")
-    found.picture().save(folder / "sensitivity.png")
-    write_whole(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-    Console().print(found.table(config.drop))
-    log.info("everything about this scan lies in %s", folder)
-
-
-def _folder() -> Path:
+def folder() -> Path:
+    """Return the folder in which Hydra wants this run to leave its files."""
     return Path(HydraConfig.get().runtime.output_dir)
 
 
-def _limit_threads(config: DictConfig) -> None:
+def limit_threads(config: DictConfig) -> None:
+    """Give torch as many CPU threads as the config says."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
 
@@ -86,7 +45,7 @@ def experiment_from(config: DictConfig) -> Experiment:
     def trainer(name: str, callbacks: list[pl.Callback]) -> pl.Trainer:
         loggers = instantiate(config.logger) if name == "pruned" else False
         more = [instantiate(each) for each in (config.get("callbacks") or {}).values()]
-        return _trainer(config, callbacks=[*more, *callbacks], logger=loggers, default_root_dir=str(_folder() / name))
+        return _trainer(config, callbacks=[*more, *callbacks], logger=loggers, default_root_dir=str(folder() / name))
 
     return Experiment(
         data,
@@ -95,7 +54,16 @@ def experiment_from(config: DictConfig) -> Experiment:
         trainer,
         config.dense_twin,
         tuple(config.latency_batches),
+        _hparams(config),
     )
+
+
+def _hparams(config: DictConfig) -> dict[str, Any]:
+    """Return what tells the runs of a sweep apart: the seed, the choices, and each value given on the command line."""
+    known = HydraConfig.get()
+    choices = {group: choice for group, choice in known.runtime.choices.items() if "/" not in group and choice}
+    given = dict(str(each).lstrip("+").split("=", 1) for each in known.overrides.task if "=" in str(each))
+    return {"seed": config.seed, **choices, **{name: value for name, value in given.items() if name not in choices}}
 
 
 def sensitivity_from(config: DictConfig) -> Sensitivity:
@@ -107,7 +75,7 @@ def sensitivity_from(config: DictConfig) -> Sensitivity:
     """
     data = instantiate(config.data)
     module = classifier_from(config, data)
-    trainer = _trainer(config, logger=False, default_root_dir=str(_folder()))
+    trainer = _trainer(config, logger=False, default_root_dir=str(folder()))
     if config.checkpoint is None:
         trainer.fit(module, data)
     else:
@@ -168,25 +136,3 @@ def _dense_weights(path: str) -> dict[str, Any] | None:
 def _trainer(config: DictConfig, **arguments: Any) -> pl.Trainer:
     made: pl.Trainer = instantiate(config.trainer, **arguments)
     return made
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
-
-
-def _rows(summary: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    accuracy = summary["accuracy"]
-    dense = f"{accuracy['dense']:.2%}" if "dense" in accuracy else "not trained"
-    rows = {"test accuracy": (dense, f"{accuracy['end']:.2%}")}
-    for name, label in (("params", "parameters"), ("macs", "MACs")):
-        left = summary[name]["pruned"] / summary[name]["dense"]
-        rows[label] = (count(summary[name]["dense"]), f"{count(summary[name]['pruned'])} ({left:.0%})")
-    if "sparsity" in summary:
-        rows["zeros in masked weights"] = ("", f"{summary['sparsity']:.1%}")
-    for name, times in summary["latency_ms"].items():
-        label = f"latency, batch {name.rpartition('_')[2]}"
-        rows[label] = (f"{times['dense']:.3f} ms", f"{times['pruned']:.3f} ms")
-    return rows
