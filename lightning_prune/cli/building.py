@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig
+from torch import Tensor, nn
 
 from lightning_prune.errors import HistoryError
 from lightning_prune.history import KEY, load_pruned
@@ -79,7 +82,7 @@ def sensitivity_from(config: DictConfig) -> Sensitivity:
     if config.checkpoint is None:
         trainer.fit(module, data)
     else:
-        _load(module, config.checkpoint)
+        load_weights(module, config.checkpoint)
     return sensitivity(
         module.to(trainer.strategy.root_device),
         data,
@@ -97,20 +100,46 @@ def classifier_from(config: DictConfig, data: MemoryImages) -> pl.LightningModul
     Raises:
         HistoryError: The checkpoint is none, or does not fit the model.
     """
-    pl.seed_everything(config.seed, verbose=False)
-    sizes = {"in_channels": data.in_channels, "image_size": data.image_size, "num_classes": data.num_classes}
-    net = instantiate(config.model, **sizes)
-    if config.channels_last:
-        net = net.to(memory_format=torch.channels_last)
-    example = torch.zeros(2, data.in_channels, data.image_size, data.image_size)
+    net = network_from(config, sizes_of(data))
+    example = example_from(data)
     optimizer, lr_scheduler = instantiate(config.optimizer), instantiate(config.lr_scheduler)
     made = Classifier(net, data.num_classes, optimizer=optimizer, lr_scheduler=lr_scheduler, example=example)
     if config.get("ckpt_path") is not None:
-        _load(made, config.ckpt_path)
+        load_weights(made, config.ckpt_path)
     return made
 
 
-def _load(module: pl.LightningModule, path: str) -> None:
+def network_from(config: DictConfig, sizes: Mapping[str, int]) -> nn.Module:
+    """Build the bare network that a config describes, with the weights of its seed.
+
+    Of `in_channels`, `image_size` and `num_classes` it is told those that it has arguments for.
+    """
+    pl.seed_everything(config.seed, verbose=False)
+    net: nn.Module = instantiate(config.model, **{name: sizes[name] for name in _taken(config.model, sizes)})
+    return net.to(memory_format=torch.channels_last) if config.channels_last else net
+
+
+def sizes_of(data: MemoryImages) -> dict[str, int]:
+    """Return what a network is told of its data."""
+    return {"in_channels": data.in_channels, "image_size": data.image_size, "num_classes": data.num_classes}
+
+
+def example_from(data: MemoryImages) -> Tensor:
+    """Return two blank images, of the data's size."""
+    return torch.zeros(2, data.in_channels, data.image_size, data.image_size)
+
+
+def _taken(model: DictConfig, names: Iterable[str]) -> list[str]:
+    """Name the arguments that a model takes and the config leaves open."""
+    try:
+        parameters = inspect.signature(get_object(model._target_)).parameters
+    except Exception:  # `instantiate` says what is wrong with the target
+        return []
+    every = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return [name for name in names if (every or name in parameters) and name not in model]
+
+
+def load_weights(module: nn.Module, path: str) -> None:
     """Load the weights of a checkpoint, dense or pruned."""
     weights = _dense_weights(path)
     if weights is None:

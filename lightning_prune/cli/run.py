@@ -14,7 +14,7 @@ from rich.console import Console
 
 from lightning_prune.cli.building import experiment_from, folder, limit_threads
 from lightning_prune.cli.outcome import clear, finished, write_failure, write_summary
-from lightning_prune.cli.words import EXPECTED, Told, in_words
+from lightning_prune.cli.words import EXPECTED, Told, in_words, shown
 from lightning_prune.report import comparison_table, count
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def run(config: DictConfig) -> Objectives:
             log.error("%s failed: %s", folder().name, in_words(error))
             return math.nan
         if isinstance(error, EXPECTED):
-            raise Told(in_words(error)) from error
+            raise Told(in_words(error)) from shown(error)
         raise
 
 

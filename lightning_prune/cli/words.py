@@ -52,9 +52,14 @@ def told(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
         try:
             task(config)
         except EXPECTED as error:
-            raise Told(in_words(error)) from error
+            raise Told(in_words(error)) from shown(error)
 
     return telling
+
+
+def shown(error: Exception) -> Exception | None:
+    """Return the error as a cause; not one of OmegaConf, which Hydra would print a second time."""
+    return None if isinstance(error, OmegaConfBaseException) else error
 
 
 def _root(error: BaseException) -> str:
