@@ -22,6 +22,8 @@ from lightning_prune.metrics import (
     inhibited_share,
 )
 
+NAN = float("nan")
+
 
 def shifted(*shifts: float) -> nn.BatchNorm1d:
     """A norm that returns its input, shifted."""
@@ -101,6 +103,12 @@ class TestActivity:
         metric.update(Residual(), torch.tensor([[1.0], [3.0]]))
         assert metric.activities()["norm"].tolist() == [2.0]
 
+    def test_an_activation_that_works_in_place_changes_nothing(self) -> None:
+        metric, model, batch = ChannelActivity(activation=torch.relu_), nn.Sequential(shifted(-1.0)), torch.zeros(2, 1)
+        with metric.listening(model):
+            assert model(batch).tolist() == [[-1.0], [-1.0]]
+        assert metric.activities()["0"].tolist() == [0.0]
+
     def test_layers_that_do_not_run_are_told(self) -> None:
         net = nn.Sequential(nn.Identity())
         net.aside = nn.BatchNorm1d(2)
@@ -147,8 +155,90 @@ class TestActivity:
     def test_bad_arguments(self) -> None:
         with pytest.raises(ValueError, match="`form` is 'mean' or 'max'; got 'median'"):
             ChannelActivity("median")  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match=r"`threshold` is the activity below .* got 0"):
-            InhibitedChannels(0)
+
+    @pytest.mark.parametrize("threshold", [0, -0.1, float("nan"), float("inf")])
+    def test_bad_thresholds(self, threshold: float) -> None:
+        for refuses in (InhibitedChannels, lambda threshold: inhibited_share(small(), threshold)):
+            with pytest.raises(ValueError, match=f"`threshold` is the activity below .* got {threshold}"):
+                refuses(threshold)
+
+
+class Attending(nn.Module):
+    """Layers behind which channels lie last, and what of several outputs counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 6)
+        self.attend = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.block = nn.TransformerEncoderLayer(6, 2, 12, batch_first=True)
+        self.recurrent = nn.LSTM(6, 5, batch_first=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        x = x + self.attend(x, x, x)[0]
+        x = self.recurrent(self.block(x))[0]
+        logits: Tensor = x.mean(1)
+        return logits
+
+
+class TestWhereChannelsLie:
+    tokens = torch.arange(8).view(2, 4)
+
+    @pytest.mark.parametrize("name", ["embed", "attend", "block", "block.self_attn", "block.linear1"])
+    def test_last_behind_layers_of_tokens(self, name: str) -> None:
+        torch.manual_seed(0)
+        model, metric = Attending().eval(), ChannelActivity(layers=[name])
+        metric.update(model, self.tokens)
+        heard: list[Tensor] = []
+        layer = model.get_submodule(name)
+        handle = layer.register_forward_hook(lambda _, __, y: heard.append(y[0] if isinstance(y, tuple) else y))
+        model(self.tokens)
+        handle.remove()
+        assert torch.allclose(metric.compute()[name], heard[0].relu().mean((0, 1)))
+        assert len(metric.compute()[name]) == (12 if name == "block.linear1" else 6)
+
+    def test_first_behind_layers_of_images(self) -> None:
+        images = torch.randn(2, 6, 3, 4, generator=torch.Generator().manual_seed(0))
+        for layer in (nn.Conv2d(6, 6, 1), nn.GroupNorm(2, 6), nn.Identity()):
+            metric, model = ChannelActivity(layers=["0"]), nn.Sequential(layer)
+            metric.update(model, images)
+            assert torch.allclose(metric.compute()["0"], model(images).relu().mean((0, 2, 3)), atol=1e-6), layer
+
+    @pytest.mark.parametrize(
+        ("name", "dims"),
+        [
+            *((name, (0, 2, 3)) for name in ("LayerNorm2d", "LayerNorm2dFp32", "RmsNorm2d", "SimpleNorm2d")),
+            *((name, (0, 1, 2)) for name in ("LayerNorm", "LayerNormFp32", "RmsNorm", "RmsNormFp32", "SimpleNorm")),
+        ],
+    )
+    def test_norms_of_timm(self, name: str, dims: tuple[int, ...]) -> None:
+        made = getattr(pytest.importorskip("timm.layers.norm"), name)(6)
+        metric, model = ChannelActivity(layers=["0"]), nn.Sequential(made)
+        x = torch.randn(2, 6, 5, 6, generator=torch.Generator().manual_seed(0))
+        metric.update(model, x)
+        assert torch.allclose(metric.compute()["0"], model(x).relu().mean(dims), atol=1e-6)
+
+    def test_attention_without_channels_is_as_good_as_none(self) -> None:
+        torch.manual_seed(0)
+        model, targets = Attending().eval(), torch.arange(2)
+        curve = CumulativeAblationCurve((0.0, 1.0), orders=1, layers=["attend"])
+        curve.update(model, self.tokens, targets)
+        nn.init.zeros_(model.attend.out_proj.weight)
+        nn.init.zeros_(model.attend.out_proj.bias)
+        told = (model(self.tokens).argmax(1) == targets).float().mean()
+        assert float(curve.compute()[0, 1]) == float(told)
+
+    @pytest.mark.parametrize("make", [ChannelActivity, CumulativeAblationCurve])
+    def test_what_returns_several_tensors_is_refused_in_words(self, make: type[ChannelActivity]) -> None:
+        targets = () if make is ChannelActivity else (torch.arange(2),)
+        model = Attending()
+        with pytest.raises(PruningError, match=r"The layer 'recurrent' .LSTM. returns a tuple; name a layer that"):
+            make(layers=["recurrent"]).update(model, self.tokens, *targets)
+        assert not any(module._forward_hooks for module in model.modules())
+
+    def test_what_returns_a_value_for_each_example_is_refused_in_words(self) -> None:
+        with pytest.raises(PruningError, match=r"The layer '1' .Flatten. returns a tensor of shape \(6,\)"):
+            ChannelActivity(layers=["1"]).update(nn.Sequential(nn.Linear(2, 2), nn.Flatten(0)), torch.zeros(3, 2))
 
 
 class TestInhibited:
@@ -200,6 +290,12 @@ class TestInhibited:
         norm = nn.BatchNorm2d(4)
         norm.weight.data, norm.bias.data = torch.tensor([1e-4, 1e-4, 1.0, 0.0]), torch.tensor([-1.0, 1.0, 0.0, 0.0])
         assert inhibited_share(nn.Sequential(norm)) == 0.5  # the first, and the last, which is always 0
+
+    @pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.float64])
+    def test_closed_form_in_other_dtypes(self, dtype: torch.dtype) -> None:
+        norm = nn.BatchNorm2d(4)
+        norm.weight.data, norm.bias.data = torch.tensor([1e-3, 1e-3, 1.0, 0.0]), torch.tensor([-1.0, 1.0, 0.0, 0.0])
+        assert inhibited_share(nn.Sequential(norm).to(dtype)) == 0.5
 
     def test_a_block_has_no_closed_form(self) -> None:
         with pytest.raises(PruningError, match="without an equilibrium block"):
@@ -255,7 +351,7 @@ class TestAblation:
         with pytest.raises(ValueError, match="of a classifier's accuracy"):
             CumulativeAblationCurve().update(small(), pictures(), torch.zeros(12, 4))
 
-    @pytest.mark.parametrize("fractions", [(0.5,), (0.5, 0.1), (0.0, 0.0), (-0.1, 0.5), (0.0, 1.1)])
+    @pytest.mark.parametrize("fractions", [(0.5,), (0.5, 0.1), (0.0, 0.0), (-0.1, 0.5), (0.0, 1.1), (0.0, NAN)])
     def test_bad_fractions(self, fractions: tuple[float, ...]) -> None:
         with pytest.raises(ValueError, match="`fractions` are two or more that rise"):
             CumulativeAblationCurve(fractions)

@@ -63,6 +63,8 @@ def experiment_from(config: DictConfig) -> Experiment:
 
 def _hparams(config: DictConfig) -> dict[str, Any]:
     """Return what tells the runs of a sweep apart: the seed, the choices, and each value given on the command line."""
+    if not HydraConfig.initialized():  # a config that was composed by hand
+        return {"seed": config.seed}
     known = HydraConfig.get()
     choices = {group: choice for group, choice in known.runtime.choices.items() if "/" not in group and choice}
     given = dict(str(each).lstrip("+").split("=", 1) for each in known.overrides.task if "=" in str(each))

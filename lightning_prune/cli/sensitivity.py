@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 
 import hydra
+import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from torch.utils.tensorboard import SummaryWriter
 
 from lightning_prune.cli.building import folder, limit_threads, sensitivity_from
 from lightning_prune.cli.outcome import write_whole
@@ -23,6 +25,8 @@ def sensitivity(config: DictConfig) -> None:
     found = sensitivity_from(config)
     found.save(folder() / "sensitivity.json")
     found.picture().save(folder() / "sensitivity.png")
+    with SummaryWriter(str(folder() / "tensorboard")) as board:
+        board.add_image("prune/sensitivity", np.asarray(found.picture().convert("RGB")), dataformats="HWC")
     write_whole(folder() / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
     Console().print(found.table(config.drop))
     log.info("everything about this scan lies in %s", folder())

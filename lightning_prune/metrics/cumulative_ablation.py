@@ -51,7 +51,8 @@ class CumulativeAblationCurve(Metric):
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
-        if len(fractions) < 2 or list(fractions) != sorted({*fractions}) or fractions[0] < 0 or fractions[-1] > 1:
+        rising = list(fractions) == sorted({*fractions}) and all(0 <= fraction <= 1 for fraction in fractions)
+        if len(fractions) < 2 or not rising:
             raise ValueError(f"`fractions` are two or more that rise, in [0, 1]; got {fractions}.")
         if orders < 1:
             raise ValueError(f"`orders` is how many random orders are tried, 1 or more; got {orders}.")
@@ -72,7 +73,7 @@ class CumulativeAblationCurve(Metric):
             targets: The classes, (n,).
 
         Raises:
-            PruningError: It has no norms.
+            PruningError: It has no norms, or a layer returns something else than a tensor.
             ValueError: A pattern of `layers` matches no layer, or logits and targets have other shapes.
         """
         layers = layers_of(model, self.layers)

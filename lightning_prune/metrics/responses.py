@@ -22,6 +22,18 @@ Activation: TypeAlias = Callable[[Tensor], Tensor]
 See: TypeAlias = Callable[[str, Tensor], Tensor | None]
 """Takes a layer's name and its output, (n, c, ...); returns what each channel is multiplied by, (c,), or None."""
 
+_ALONG_LAST = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.MultiheadAttention,
+    nn.TransformerEncoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoder,
+    nn.TransformerDecoderLayer,
+)
+
 
 def layers_of(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, nn.Module]:
     """Name the layers whose channels are looked at.
@@ -52,19 +64,31 @@ def layers_of(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[s
 
 @contextmanager
 def seen(layers: Mapping[str, nn.Module], see: See) -> Iterator[None]:
-    """Show what layers return, each time that they are run."""
+    """Show what layers return, each time that they are run; of attention layers the first of what they return.
 
-    def shown(name: str, dim: int) -> Callable[..., Tensor | None]:
-        def hook(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            factor = see(name, output.movedim(dim, 1))
+    Args:
+        layers: Name -> layer.
+        see: What is shown to it has the channels in dimension 1. Where they lie is told by the layer's kind, as by
+            `channel_dim_of`.
+
+    Raises:
+        PruningError: (when a layer is run) It returns something else than a tensor (n, c, ...) or (n, ..., c).
+    """
+
+    def shown(name: str, dim: int) -> Callable[..., Any]:
+        def hook(layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            attended = isinstance(layer, nn.MultiheadAttention)
+            tensor = _checked(output[0] if attended else output, name, layer)
+            factor = see(name, tensor.movedim(dim, 1))
             if factor is None:
                 return None
-            behind = 0 if dim == -1 else output.dim() - 2
-            return output * factor.to(output.dtype).view(-1, *(1,) * behind)
+            behind = 0 if dim == -1 else tensor.dim() - 2
+            changed = tensor * factor.to(tensor.dtype).view(-1, *(1,) * behind)
+            return (changed, *output[1:]) if attended else changed
 
         return hook
 
-    handles = [layer.register_forward_hook(shown(name, _dim(layer))) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(shown(name, channel_dim_of(layer))) for name, layer in layers.items()]
     try:
         yield
     finally:
@@ -78,5 +102,32 @@ def run(model: nn.Module, inputs: ExampleInputs) -> Any:
         return bind(model, inputs).call(model)
 
 
-def _dim(layer: nn.Module) -> int:
-    return -1 if isinstance(layer, nn.Linear) else channel_dim(layer)
+def channel_dim_of(layer: nn.Module) -> int:
+    """Return where channels lie in what a layer returns.
+
+    -1 behind Linear, Embedding, LayerNorm and RMSNorm, attention and the transformer layers of torch, and classes made
+    from them; and behind norms of one's own that are called so (`LlamaRMSNorm`, timm's `RmsNorm` and `SimpleNorm`).
+    1 behind convolutions, the other norms, norms with 2d in their name, and all else: of an activation or a block that
+    works on tokens name the linear layer in place of it.
+    """
+    name = type(layer).__name__.lower()
+    if "norm2d" in name:
+        return 1
+    if isinstance(layer, _ALONG_LAST) or "rmsnorm" in name or "simplenorm" in name:
+        return -1
+    return channel_dim(layer)
+
+
+def _checked(output: Any, name: str, layer: nn.Module) -> Tensor:
+    kind = type(layer).__name__
+    if not isinstance(output, Tensor):
+        raise PruningError(
+            f"The layer {name!r} ({kind}) returns a {type(output).__name__}; name a layer that returns one tensor, in "
+            "`layers`."
+        )
+    if output.dim() < 2:
+        raise PruningError(
+            f"The layer {name!r} ({kind}) returns a tensor of shape {tuple(output.shape)}, which has no channels; name "
+            "one that returns (n, c, ...) or (n, ..., c), in `layers`."
+        )
+    return output
