@@ -1,21 +1,27 @@
 # make run ARGS="..."   train and prune; the arguments are Hydra overrides
 # make test             the whole test suite, the slow ones too
+# make oldest           the fast tests on the oldest supported versions, on Python 3.10
 # make check            test, lint, types and imports: what CI runs
 
 PYTHON ?= python3
+OLDEST_PYTHON ?= python3.10
 VENV := .venv
 BIN := $(VENV)/bin/python
 ARGS ?=
 PYTEST_ARGS ?= -n 2
 
 .DEFAULT_GOAL := check
-.PHONY: run test lint types imports check
+.PHONY: run test oldest lint types imports check
 
 run: $(VENV)/.installed-all
 	"$(BIN)" -m lightning_prune $(ARGS)
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 "$(BIN)" -m pytest $(PYTEST_ARGS)
+
+# The fast tests on the oldest versions that pyproject.toml allows, in an environment of their own.
+oldest: $(VENV)-oldest/.installed
+	OMP_NUM_THREADS=1 "$(VENV)-oldest/bin/python" -m pytest $(PYTEST_ARGS) -m "not slow"
 
 lint: $(VENV)/.installed-dev
 	"$(BIN)" -m ruff check .
@@ -38,6 +44,12 @@ $(VENV)/.installed-all: pyproject.toml | $(VENV)/.created
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.created
 	"$(BIN)" -m pip install --editable ".[dev]"
 	touch "$(VENV)/.installed-all" "$@"
+
+$(VENV)-oldest/.installed: pyproject.toml tests/oldest_versions.txt
+	"$(OLDEST_PYTHON)" -m venv --clear "$(VENV)-oldest"
+	"$(VENV)-oldest/bin/python" -m pip install --constraint tests/oldest_versions.txt \
+		--editable ".[digits,vision,draw,report,cli]" pytest pytest-xdist hypothesis
+	touch "$@"
 
 # A stamp here too: an interrupted `venv` leaves a python without pip behind.
 $(VENV)/.created:

@@ -27,3 +27,11 @@ class LatencyTableError(PruningError):
 
 class NothingToPruneError(PruningError, ValueError):
     """No group can be pruned, or none that the criterion can score."""
+
+
+class ExportError(PruningError):
+    """A network cannot be written in a format, or the file does not do what the network does."""
+
+
+class ReportError(PruningError):
+    """There is nothing to report on, or something that the report needs is not installed."""

@@ -20,12 +20,12 @@ from lightning_prune.cli.building import (
     example_from,
     folder,
     limit_threads,
-    load_weights,
     network_from,
 )
 from lightning_prune.cli.outcome import write_whole
 from lightning_prune.cli.words import told
 from lightning_prune.criteria import Magnitude
+from lightning_prune.loading import load_weights
 from lightning_prune.pruner import Request
 from lightning_prune.sensitivity import sensitivity
 from lightning_prune.workbench import MemoryImages

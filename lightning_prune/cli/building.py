@@ -15,8 +15,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from lightning_prune.errors import HistoryError
-from lightning_prune.history import KEY, load_pruned
+from lightning_prune.loading import load_weights
 from lightning_prune.sensitivity import Sensitivity, sensitivity
 from lightning_prune.workbench import Classifier, Experiment, MemoryImages
 
@@ -139,29 +138,6 @@ def _taken(model: DictConfig, names: Iterable[str]) -> list[str]:
         return []
     every = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return [name for name in names if (every or name in parameters) and name not in model]
-
-
-def load_weights(module: nn.Module, path: str) -> None:
-    """Load the weights of a checkpoint, dense or pruned."""
-    weights = _dense_weights(path)
-    if weights is None:
-        load_pruned(module, path)
-        return
-    try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
-        raise HistoryError(
-            f"The weights of {path} do not fit the model: {error}. Choose the model= that it was trained with."
-        ) from error
-
-
-def _dense_weights(path: str) -> dict[str, Any] | None:
-    """Return the weights of a checkpoint without a history; None of all else, with which `load_pruned` deals."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # `load_pruned` says what is wrong with the file
-        return None
-    return content.get("state_dict") if isinstance(content, dict) and KEY not in content else None
 
 
 def _trainer(config: DictConfig, **arguments: Any) -> pl.Trainer:

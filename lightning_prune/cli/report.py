@@ -29,10 +29,12 @@ def report(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lightning-prune report",
-        description="Write one page about all runs in some folders, which needs no network, and its data as CSV and JSON.",
+        description="Write one page about all runs in some folders, and its data as CSV and JSON. It needs no network.",
     )
     parser.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="a folder of sweeps or runs, to any depth")
-    parser.add_argument("--out", metavar="FOLDER", type=Path, help="where to write; report/ in the first DIR by default")
+    parser.add_argument(
+        "--out", metavar="FOLDER", type=Path, help="where to write; by default report/ in the first DIR"
+    )
     return parser
 
 

@@ -1,6 +1,6 @@
 """What models and plans cost."""
 
-from lightning_prune.cost.clock import batch_of, measure_latency
+from lightning_prune.cost.clock import batch_of, measure_calls, measure_latency
 from lightning_prune.cost.costs import COUNTED, EXPECTED, Costs
 from lightning_prune.cost.counting import count_macs, count_params, per_example, planned_macs
 from lightning_prune.cost.expected import ExpectedCost
@@ -27,6 +27,7 @@ __all__ = [
     "batch_of",
     "count_macs",
     "count_params",
+    "measure_calls",
     "measure_latency",
     "per_example",
     "planned_macs",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import median
 from time import perf_counter
 
@@ -27,14 +28,28 @@ def measure_latency(model: nn.Module, inputs: Inputs, *, seconds: float = 0.5) -
         inputs: What forward is called with.
         seconds: How long to measure; at least five passes are timed, after one to warm up.
     """
-    times: list[float] = []
-    with in_eval_mode(model), torch.inference_mode():
+
+    def call() -> None:
         inputs.call(model)
-        while len(times) < 5 or sum(times) < seconds:
-            start = perf_counter()
-            inputs.call(model)
-            _wait(model)
-            times.append(perf_counter() - start)
+        _wait(model)
+
+    with in_eval_mode(model), torch.inference_mode():
+        return measure_calls(call, seconds=seconds)
+
+
+def measure_calls(call: Callable[[], object], *, seconds: float = 0.5) -> float:
+    """Measure the median time of a call, in milliseconds.
+
+    Args:
+        call: What is timed.
+        seconds: How long to measure; at least five calls are timed, after one to warm up.
+    """
+    times: list[float] = []
+    call()
+    while len(times) < 5 or sum(times) < seconds:
+        start = perf_counter()
+        call()
+        times.append(perf_counter() - start)
     return median(times) * 1e3
 
 
