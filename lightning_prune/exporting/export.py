@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -124,10 +124,11 @@ def _copy(model: nn.Module) -> nn.Module:
             "L0PruneCallback, which cuts what is closed and folds the rest into the weights."
         )
     trainer = model.__dict__.get("_trainer")
-    copy = deepcopy(model, {} if trainer is None else {id(trainer): None})
+    copy: Any = deepcopy(model, {} if trainer is None else {id(trainer): None})
     if hasattr(copy, "_jit_is_scripting"):  # else a LightningModule refuses to be traced without its Trainer
         copy._jit_is_scripting = True
-    return copy.cpu().eval().requires_grad_(False)
+    plain: nn.Module = copy.cpu().eval().requires_grad_(False)
+    return plain
 
 
 def _inputs(model: nn.Module, example: ExampleInputs | None) -> Inputs:

@@ -1,0 +1,57 @@
+"""`lightning-prune export` from outside: the run that wrote a checkpoint says what network it holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from sweeping import run
+
+from lightning_prune.exporting.formats import opened
+from lightning_prune.inputs import Inputs
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    done = run(folder, "experiment=smoke", "model=lenet_300_100", "dense_twin=false", "hydra.run.dir=out")
+    assert done.returncode == 0, done.stderr
+    (found,) = folder.rglob("*.ckpt")
+    return found.rename(found.with_name("last.ckpt"))
+
+
+@pytest.mark.parametrize(("format", "ending"), [("onnx", "onnx"), ("torch_export", "pt2"), ("torchscript", "ts")])
+def test_the_network_is_that_of_the_run(checkpoint: Path, format: str, ending: str, tmp_path: Path) -> None:
+    """The default model is a ResNet-20; that of the run is found in its config."""
+    done = run(tmp_path, "export", f"ckpt_path={checkpoint}", f"format={format}", f"out=net.{ending}")
+    assert done.returncode == 0, done.stderr
+    assert f"net.{ending}: {format}, off by" in done.stdout
+    assert ("onnxruntime" in done.stdout) is (format == "onnx")
+    (logits,) = opened(format, tmp_path / f"net.{ending}")(Inputs((torch.rand(3, 1, 8, 8),)))  # type: ignore[arg-type]
+    assert logits.shape == (3, 10)
+
+
+def test_the_file_lies_beside_the_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    done = run(tmp_path, "export", f"ckpt_path={checkpoint}", "latency_batch=null")
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.with_suffix(".onnx").exists()
+    assert not list(tmp_path.iterdir()), "it leaves the file and nothing else"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("ckpt_path=nowhere.ckpt", "nowhere.ckpt is no file"),
+        ("", "Missing mandatory value: ckpt_path"),
+        ("ckpt_path=foreign.ckpt", "foreign.ckpt is no checkpoint"),
+        ("ckpt_path={checkpoint} format=tflite", "`format` is one of 'onnx'"),
+        ("ckpt_path={checkpoint} model=resnet20", "last.ckpt"),
+    ],
+)
+def test_errors_are_words(checkpoint: Path, tmp_path: Path, arguments: str, words: str) -> None:
+    (tmp_path / "foreign.ckpt").write_bytes(b"PK not a checkpoint")
+    done = run(tmp_path, "export", *arguments.format(checkpoint=checkpoint).split())
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
