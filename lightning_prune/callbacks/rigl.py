@@ -90,7 +90,7 @@ class RigLCallback(pl.Callback):
         drop_fraction: float = 0.3,
         decay: Decay = cosine_decay,
         every_n_steps: int = 100,
-        end: float | int = 0.75,
+        end: int | float = 0.75,  # in this order: jsonargparse takes the first type that fits
         ignore: Sequence[str] = (),
         seed: int = 0,
     ) -> None:
@@ -294,7 +294,7 @@ def _check_exchange(grow: Growth, drop_fraction: float, decay: Decay, every_n_st
         )
 
 
-def _check_end(end: float | int) -> None:
+def _check_end(end: int | float) -> None:
     if end < 1 if isinstance(end, int) else not 0 < end <= 1:
         raise ValueError(
             f"`end` is a step (int, 1 or more), or a fraction of the fit's steps (float in (0, 1]); got {end!r}. The "

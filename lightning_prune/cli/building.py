@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import get_object, instantiate
+from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
@@ -133,7 +133,7 @@ def example_from(data: MemoryImages) -> Tensor:
 def _taken(model: DictConfig, names: Iterable[str]) -> list[str]:
     """Name the arguments that a model takes and the config leaves open."""
     try:
-        parameters = inspect.signature(get_object(model._target_)).parameters
+        parameters = inspect.signature(get_method(model._target_)).parameters
     except Exception:  # `instantiate` says what is wrong with the target
         return []
     every = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())

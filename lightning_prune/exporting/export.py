@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from lightning_prune.cost import batch_of
 from lightning_prune.errors import ExportError
 from lightning_prune.exporting.formats import FORMATS, Format, opened, write
+from lightning_prune.history import load_pruned
 from lightning_prune.inputs import ExampleInputs, Inputs, bind, tensors_in
 from lightning_prune.layers.gates import gates_of
 from lightning_prune.loading import load_weights
@@ -54,7 +56,7 @@ def export(
     *,
     format: Format = "onnx",
     example_inputs: ExampleInputs | None = None,
-    into: nn.Module | None = None,
+    into: nn.Module | type[nn.Module] | None = None,
     batch: Batch = "dynamic",
 ) -> Exported:
     """Write the plain network to a file, and check the file against it on random inputs.
@@ -69,7 +71,8 @@ def export(
         format: "onnx" (for onnxruntime and other engines), "torch_export" (`torch.export.load`) or "torchscript"
             (`torch.jit.load`, from C++ too).
         example_inputs: What forward is called with, with any number of examples; None takes `example_input_array`.
-        into: For a checkpoint, a model built as it was for training; its weights are loaded into a copy.
+        into: For a checkpoint, a model built as it was for training; its weights are loaded into a copy. For one with a
+            pruning history also its class (see `load_pruned`).
         batch: "dynamic" leaves the size of dimension 0 of all inputs free; "fixed" keeps that of the example.
 
     Raises:
@@ -89,12 +92,15 @@ def export(
         raise ValueError(f"`format` is one of {', '.join(map(repr, FORMATS))}; got {format!r}.")
     if batch not in ("dynamic", "fixed"):
         raise ValueError(f"`batch` is 'dynamic' or 'fixed'; got {batch!r}.")
+    if Path(path).is_dir():
+        raise ValueError(f"`path` is the file to write; {os.fspath(path)} is a folder.")
     model = _plain(source, into)
     inputs = _inputs(model, example_inputs)
     if batch == "dynamic":
         inputs = batch_of(inputs, 2)  # of one example exporters would conclude that there is never another number
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=Path(path).parent) as folder:
+    unfinished_folder = tempfile.TemporaryDirectory(prefix=".unfinished-", dir=Path(path).parent)
+    with unfinished_folder as folder, torch.random.fork_rng(devices=()):
         unfinished = Path(folder) / Path(path).name
         _write(format, model, inputs, unfinished, batch)
         difference = _checked(format, model, inputs, unfinished, batch)
@@ -103,7 +109,7 @@ def export(
     return Exported(Path(path), format, difference)
 
 
-def _plain(source: nn.Module | str | os.PathLike[str], into: nn.Module | None) -> nn.Module:
+def _plain(source: nn.Module | str | os.PathLike[str], into: nn.Module | type[nn.Module] | None) -> nn.Module:
     """Return a copy of the network, in eval mode on the CPU, that nothing from training hangs on."""
     if isinstance(source, nn.Module):
         return _copy(unwrapped(source))
@@ -112,6 +118,8 @@ def _plain(source: nn.Module | str | os.PathLike[str], into: nn.Module | None) -
             f"{os.fspath(source)} holds weights, and no network to put them into: pass `into`, a model built as it "
             "was for training."
         )
+    if isinstance(into, type):
+        return _copy(load_pruned(into, source))
     model = _copy(unwrapped(into))
     load_weights(model, source)
     return _copy(model)
@@ -124,7 +132,13 @@ def _copy(model: nn.Module) -> nn.Module:
             "L0PruneCallback, which cuts what is closed and folds the rest into the weights."
         )
     trainer = model.__dict__.get("_trainer")
-    copy: Any = deepcopy(model, {} if trainer is None else {id(trainer): None})
+    try:
+        copy: Any = deepcopy(model, {} if trainer is None else {id(trainer): None})
+    except Exception as error:
+        raise ExportError(
+            f"{type(model).__name__} cannot be copied: {_reason(error)}. Let it hold no results of a forward pass, no "
+            "open files and no locks while it is exported."
+        ) from error
     if hasattr(copy, "_jit_is_scripting"):  # else a LightningModule refuses to be traced without its Trainer
         copy._jit_is_scripting = True
     plain: nn.Module = copy.cpu().eval().requires_grad_(False)
@@ -149,7 +163,7 @@ def _write(format: Format, model: nn.Module, inputs: Inputs, path: Path, batch: 
     except Exception as error:
         hint = " With batch='fixed' the batch size need not be free." if batch == "dynamic" else ""
         raise ExportError(
-            f"{type(model).__name__} cannot be written as {format}: {_first_line(error)}. Try another format "
+            f"{type(model).__name__} cannot be written as {format}: {_reason(error)}. Try another format "
             f"({', '.join(each for each in FORMATS if each != format)}), or change the forward.{hint}"
         ) from error
 
@@ -160,18 +174,27 @@ def _checked(format: Format, model: nn.Module, inputs: Inputs, path: Path, batch
     Raises:
         ExportError: It is off by more than the tolerance, or does not run.
     """
-    run = opened(format, path)
+    try:
+        run = opened(format, path)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"The {format} file cannot be opened: {_reason(error)}. Try another format, or a model of float32."
+        ) from error
     worst = 0.0
     for number, size in enumerate(_TRIED if batch == "dynamic" else (None,)):
-        drawn = _random(inputs if size is None else batch_of(inputs, size), seed=number)
-        with torch.no_grad():
-            wanted = list(tensors_in(drawn.call(model)))
+        drawn, wanted = _tried(model, inputs if size is None else batch_of(inputs, size), seed=number)
         try:
             found = run(drawn)
         except Exception as error:
             raise ExportError(
-                f"The {format} file does not run with {size} examples: {_first_line(error)}. The forward depends on "
-                "the batch size; pass batch='fixed'."
+                f"The {format} file does not run{'' if size is None else f' with {size} examples'}: {_reason(error)}. "
+                + (
+                    "Try another format."
+                    if size is None
+                    else "The forward depends on the batch size; pass batch='fixed'."
+                )
             ) from error
         worst = max(worst, _difference(found, wanted))
     if not worst <= TOLERANCE:
@@ -183,12 +206,30 @@ def _checked(format: Format, model: nn.Module, inputs: Inputs, path: Path, batch
     return worst
 
 
-def _random(inputs: Inputs, seed: int) -> Inputs:
+def _tried(model: nn.Module, inputs: Inputs, seed: int) -> tuple[Inputs, list[Tensor]]:
+    """Return random inputs and what the network makes of them.
+
+    Raises:
+        ExportError: It makes no finite number of noise, nor of the values of the example.
+    """
+    for noise in (True, False):
+        drawn = _random(inputs, seed, noise)
+        with torch.no_grad():
+            wanted = list(tensors_in(drawn.call(model)))
+        if all(tensor.isfinite().any() or not tensor.numel() for tensor in wanted):
+            return drawn, wanted
+    raise ExportError(
+        f"{type(model).__name__} returns no finite number, so that a file cannot be checked. Look at its weights, and "
+        "pass real data as `example_inputs`."
+    )
+
+
+def _random(inputs: Inputs, seed: int, noise: bool) -> Inputs:
     """Return other inputs of the same shapes: noise for numbers, the given ones shuffled for indices."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(tensor: Tensor) -> Tensor:
-        if tensor.is_floating_point():
+        if noise and tensor.is_floating_point():
             return torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
         order = torch.randperm(tensor.numel(), generator=generator)
         return tensor.flatten()[order].view_as(tensor)
@@ -199,14 +240,22 @@ def _random(inputs: Inputs, seed: int) -> Inputs:
 def _difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """Return the largest difference relative to the largest number of the same output; infinity for other shapes."""
     if [tensor.shape for tensor in found] != [tensor.shape for tensor in wanted]:
-        return float("inf")
-    worst = 0.0
-    for one, other in zip(found, wanted, strict=True):
-        if other.numel():
-            largest = other.double().abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-            worst = max(worst, float((one.double() - other.double()).abs().max() / largest))
-    return worst
+        return math.inf
+    return max((_off(one.double(), other.double()) for one, other in zip(found, wanted, strict=True)), default=0.0)
 
 
-def _first_line(error: Exception) -> str:
+def _off(found: Tensor, wanted: Tensor) -> float:
+    """Return the difference of one output; what is not finite must be the same."""
+    finite = wanted.isfinite()
+    same = found.isfinite().equal(finite) and torch.equal(found[~finite].nan_to_num(), wanted[~finite].nan_to_num())
+    if not same or not finite.any():
+        return 0.0 if same else math.inf
+    largest = wanted[finite].abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    return float((found[finite] - wanted[finite]).abs().max() / largest)
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of what went wrong; torch.onnx's own is only that something did."""
+    if type(error).__module__.startswith("torch.onnx") and error.__cause__ is not None:
+        return _reason(error.__cause__)
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")

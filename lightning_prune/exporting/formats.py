@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_prune.exporting.names import bound, in_order, input_names, output_names
 from lightning_prune.inputs import Inputs
 
 Format: TypeAlias = Literal["onnx", "torch_export", "torchscript"]
@@ -32,7 +32,7 @@ def write(format: Format, model: nn.Module, inputs: Inputs, path: Path, *, dynam
     """Write a network, in eval mode on the CPU, with a batch size that is free or that of the inputs."""
     with torch.no_grad(), _quiet():
         {"onnx": _write_onnx, "torch_export": _write_torch_export, "torchscript": _write_torchscript}[format](
-            model, inputs, path, dynamic
+            model, in_order(model, inputs), path, dynamic
         )
 
 
@@ -55,27 +55,41 @@ def session_of(path: Path, threads: int) -> Any:
 
 
 def feed(session: Any, inputs: Inputs) -> dict[str, Any]:
-    """Return the arrays that an onnxruntime session takes, by name."""
-    arrays = [tensor.numpy() for tensor in _tensors(inputs)]
-    return {each.name: array for each, array in zip(session.get_inputs(), arrays, strict=True)}
+    """Return the arrays that an onnxruntime session takes: keywords by their names, all else in order."""
+    names = [each.name for each in session.get_inputs()]
+    named = {name: value for name, value in inputs.kwargs.items() if name in names and isinstance(value, Tensor)}
+    others = _leaves((inputs.args, {name: value for name, value in inputs.kwargs.items() if name not in named}))
+    found = named | dict(zip([name for name in names if name not in named], others, strict=True))
+    return {name: tensor.numpy() for name, tensor in found.items()}
 
 
 def _write_onnx(model: nn.Module, inputs: Inputs, path: Path, dynamic: bool) -> None:
     for name in ("onnx", "onnxscript", "onnxruntime"):
         _needed(name)
     size = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-    torch.onnx.export(
+    names = input_names(model, inputs)
+    outputs = output_names(inputs.call(model), names)
+    program: Any = torch.onnx.export(
         model,
-        inputs.args,
-        path,
+        inputs.args if inputs.kwargs else (*inputs.args, {}),  # else a dict that comes last is read as keywords
         kwargs=dict(inputs.kwargs),
         dynamic_shapes=_shapes(model, inputs) if dynamic else None,
-        input_names=_input_names(model, inputs),
-        output_names=_output_names(inputs.call(model)),
+        input_names=names,
+        output_names=outputs,
         dynamo=True,
         verbose=False,
-        external_data=size > _LARGEST,
     )
+    _keep_apart(program.model.graph, outputs)
+    program.save(path, external_data=size > _LARGEST)
+
+
+def _keep_apart(graph: Any, outputs: list[str]) -> None:
+    """Rename what lies inside under the name of an output: the exporter calls values by their operations."""
+    ends = {id(value) for value in graph.outputs}
+    for node in graph:
+        for value in node.outputs:
+            if value.name in outputs and id(value) not in ends:
+                value.name = f"{value.name}_inside"
 
 
 def _open_onnx(path: Path) -> Run:
@@ -99,7 +113,7 @@ def _write_torchscript(model: nn.Module, inputs: Inputs, path: Path, dynamic: bo
     """A trace takes any batch size that nothing in the forward has read; the check finds out."""
     given: dict[str, Any] = {"example_inputs": inputs.args}
     if inputs.kwargs:
-        given = {"example_kwarg_inputs": _bound(model, inputs)}
+        given = {"example_kwarg_inputs": bound(model, inputs)}
     traced = torch.jit.trace(model, **given, check_trace=False, strict=False)
     torch.jit.save(traced, path)
 
@@ -122,32 +136,7 @@ def _shapes(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
     def shape(value: Any) -> Any:
         return {0: batch} if isinstance(value, Tensor) and value.dim() else None
 
-    return {name: tree_map(shape, value) for name, value in _bound(model, inputs).items()}
-
-
-def _bound(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    return dict(inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs).arguments)
-
-
-def _input_names(model: nn.Module, inputs: Inputs) -> list[str]:
-    """Name each tensor by the argument that it comes in; several in one are numbered."""
-    names: list[str] = []
-    for name, value in _bound(model, inputs).items():
-        count = len(_leaves(value))
-        names += [name] if count == 1 else [f"{name}_{number}" for number in range(count)]
-    return names
-
-
-def _output_names(outputs: Any) -> list[str]:
-    """Name what comes out by its keys, or number it."""
-    if isinstance(outputs, Mapping) and all(isinstance(value, Tensor) for value in outputs.values()):
-        return [str(key) for key in outputs]
-    count = len(_leaves(outputs))
-    return ["output"] if count == 1 else [f"output_{number}" for number in range(count)]
-
-
-def _tensors(inputs: Inputs) -> list[Tensor]:
-    return _leaves((inputs.args, dict(inputs.kwargs)))
+    return {name: tree_map(shape, value) for name, value in bound(model, inputs).items()}
 
 
 def _leaves(value: Any) -> list[Tensor]:
@@ -165,7 +154,7 @@ def _needed(name: str) -> Any:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep exporters from talking: that TorchScript ages, how far they are, what they have optimised."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
