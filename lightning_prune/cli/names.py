@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from inspect import signature
 from shlex import quote
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -50,4 +52,12 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+def _register(name: str, resolver: Callable[[str], str]) -> None:
+    """Before OmegaConf 2.4 `register_resolver` was another, older function (omry/omegaconf#426)."""
+    register: Any = OmegaConf.register_resolver
+    if "replace" not in signature(register).parameters:
+        register = OmegaConf.register_new_resolver
+    register(name, resolver, replace=True)
+
+
+_register("run_name", run_name)
