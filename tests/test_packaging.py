@@ -45,8 +45,8 @@ def test_the_oldest_versions_are_the_lower_bounds() -> None:
     assert listed is not None
     bounds = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', listed.group(1)))
     tried = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "tests" / "oldest_versions.txt").read_text(), re.MULTILINE))
-    assert tried.keys() == bounds.keys()
-    assert all(f"{version}.0".startswith(f"{bounds[name]}.") for name, version in tried.items())
+    assert tried.keys() - {"omegaconf"} == bounds.keys()
+    assert all(f"{version}.0".startswith(f"{bounds[name]}.") for name, version in tried.items() if name in bounds)
 
 
 def test_the_version_stands_in_one_place() -> None:
