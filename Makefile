@@ -1,6 +1,7 @@
 # make run ARGS="..."   train and prune; the arguments are Hydra overrides
 # make test             the whole test suite, the slow ones too
 # make oldest           the fast tests on the oldest supported versions, on Python 3.10
+# make docs             the site, in build/docs
 # make check            test, lint, types and imports: what CI runs
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ ARGS ?=
 PYTEST_ARGS ?= -n 2
 
 .DEFAULT_GOAL := check
-.PHONY: run test oldest lint types imports check
+.PHONY: run test oldest docs lint types imports check
 
 run: $(VENV)/.installed-all
 	"$(BIN)" -m lightning_prune $(ARGS)
@@ -22,6 +23,9 @@ test: $(VENV)/.installed-dev
 # The fast tests on the oldest versions that pyproject.toml allows, in an environment of their own.
 oldest: $(VENV)-oldest/.installed
 	OMP_NUM_THREADS=1 "$(VENV)-oldest/bin/python" -m pytest $(PYTEST_ARGS) -m "not slow"
+
+docs: $(VENV)/.installed-dev
+	"$(BIN)" -m sphinx -W --keep-going -b html docs build/docs
 
 lint: $(VENV)/.installed-dev
 	"$(BIN)" -m ruff check .

@@ -42,6 +42,19 @@ def test_errors_are_words(tmp_path: Path, arguments: str, words: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_help_names_the_commands(tmp_path: Path) -> None:
+    shown = run(tmp_path, "--help").stdout
+    assert shown.startswith("lightning-prune [run]")
+    for command in ("report", "analyze", "sensitivity", "export"):
+        assert f"lightning-prune {command}" in shown
+
+
+def test_an_unknown_command_lists_the_known_ones(tmp_path: Path) -> None:
+    done = run(tmp_path, "repport", "multirun")
+    assert done.returncode == 1
+    assert "has no command 'repport'; it has run, sensitivity, analyze, export, report" in done.stderr
+
+
 def test_a_network_of_the_working_directory(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(OWN)
     done = run(tmp_path, "experiment=smoke", "dense_twin=false", "model._target_=mine.Net", "+model.width=16")

@@ -14,7 +14,10 @@ def main() -> None:
 
     Modules in the working directory can be imported, so that `model._target_=mine.Net` finds a user's own network.
     """
-    command = sys.argv.pop(1) if sys.argv[1:2] and sys.argv[1] in COMMANDS else "run"
+    first = sys.argv[1] if len(sys.argv) > 1 else ""
+    if first.isalpha() and first not in COMMANDS:
+        sys.exit(f"lightning-prune has no command {first!r}; it has {', '.join(COMMANDS)}. Without one it runs.")
+    command = sys.argv.pop(1) if first in COMMANDS else "run"
     sys.path.insert(0, str(Path.cwd()))
     getattr(import_module(f"lightning_prune.cli.{command}"), command)()
     if command == "run":

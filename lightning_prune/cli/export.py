@@ -36,33 +36,56 @@ def export(config: DictConfig) -> None:
     data = instantiate(config.data)
     module = classifier_from(config, data)
     out = checkpoint.with_suffix(ENDINGS.get(config.format, "")) if config.out is None else Path(config.out)
-    inputs = Inputs((example_from(data),))
+    inputs = batch_of(Inputs((example_from(data),)), _batch_size(config.latency_batch))
     done = write(module, out, format=config.format, example_inputs=inputs, batch=config.batch)
     console = Console()
     console.print(str(done), soft_wrap=True)
     if config.latency_batch is not None:
-        times = batch_of(inputs, config.latency_batch) if config.batch == "dynamic" else inputs
-        console.print(_latency(module, done, times), soft_wrap=True)
+        console.print(_latency(module, done, inputs), soft_wrap=True)
+
+
+def _batch_size(given: object) -> int:
+    """Return how many examples latency is taken with, and a fixed batch has.
+
+    Raises:
+        ValueError: It is no such number.
+    """
+    if given is None:
+        return 1
+    if type(given) is not int or given < 1:
+        raise ValueError(f"`latency_batch` is a number of examples, at least 1, or null; got {given}.")
+    return given
 
 
 def _with_the_run(config: DictConfig, checkpoint: Path) -> DictConfig:
-    """Fill in what the run's own config says, from the nearest folder above the checkpoint that has one."""
-    given = {str(each).lstrip("+~").partition("=")[0].partition(".")[0] for each in HydraConfig.get().overrides.task}
+    """Fill in what the run's own config says; what is chosen on the command line stays, single values too."""
+    overrides = [str(each).lstrip("+").partition("=")[0] for each in HydraConfig.get().overrides.task]
     run = _config_above(checkpoint)
-    names = [name for name in _OF_THE_RUN if name not in given and name in run]
     merged = config.copy()
-    for name in names:
-        merged[name] = run[name]
+    for name in _OF_THE_RUN:
+        if name in run and name not in overrides:
+            merged[name] = run[name]
+            for key in overrides:
+                if key.startswith(f"{name}."):
+                    OmegaConf.update(merged, key, OmegaConf.select(config, key), force_add=True)
     return merged
 
 
 def _config_above(checkpoint: Path) -> DictConfig:
+    """Return the config of the nearest folder above that has one of ours; an empty one if there is none."""
     for folder in checkpoint.resolve().parents:
         for path in (folder / "config.yaml", folder / ".hydra" / "config.yaml"):
-            found = OmegaConf.load(path) if path.is_file() else None
-            if isinstance(found, DictConfig):
+            found = _read(path) if path.is_file() else None
+            if isinstance(found, DictConfig) and OmegaConf.select(found, "model._target_") and "data" in found:
                 return found
     return OmegaConf.create({})
+
+
+def _read(path: Path) -> object:
+    try:
+        return OmegaConf.load(path)
+    except Exception:  # somebody else's, which happens to lie there
+        return None
 
 
 def _latency(module: nn.Module, done: Exported, inputs: Inputs) -> str:
