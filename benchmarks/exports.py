@@ -3,9 +3,9 @@
     python benchmarks/exports.py [--out exports.json] [--threads 1]
     python benchmarks/exports.py --table [--out exports.json]
 
-Networks of torchvision with random weights lose half of their MACs by magnitude, are written to ONNX and as torch.export
-programs at 224 x 224, and are checked on random images. The four latencies of a network, at batch 1, are taken in turns;
-told is the median of the rounds, and the quartiles of the ratio of dense and pruned within each round.
+Networks of torchvision with random weights lose half of their MACs by magnitude, are written to ONNX and as
+torch.export programs at 224 x 224, and are checked on random images. The four latencies of a network, at batch 1, are
+taken in turns; told is the median of the rounds, and the quartiles of the ratio of dense and pruned within each round.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from statistics import median, quantiles
 import torch
 import torchvision
 from papers_table import circumstances
+from torch import nn
 
 from lightning_prune import prune
 from lightning_prune.cost import count_macs, count_params, measure_latency
@@ -31,13 +32,28 @@ NETS = ("resnet18", "mobilenet_v3_large", "efficientnet_b0", "vit_b_16", "convne
 IMAGES = Inputs((torch.zeros(1, 3, 224, 224),))
 
 
+def lively(name: str) -> nn.Module:
+    """Build a network whose output is another for each image; as torchvision builds them, equality would say nothing.
+
+    ViT's head begins with zeros and the blocks of ConvNeXt with a scale of 1e-6; and what BatchNorm has not seen
+    vanishes in eval mode on its way through a deep network.
+    """
+    torch.manual_seed(0)
+    net: nn.Module = torchvision.models.get_model(name)
+    for part, parameter in net.named_parameters():
+        if "layer_scale" in part or part == "heads.head.weight":
+            nn.init.normal_(parameter, std=0.3)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        net(torch.randn(8, 3, 224, 224))
+    return net.eval()
+
+
 def measure(name: str, rounds: int, folder: Path) -> dict[str, object]:
     """Write one network dense and pruned, and time both with both engines."""
-    torch.manual_seed(0)
-    dense = torchvision.models.get_model(name).eval()
-    for parameter in dense.parameters():
-        if not parameter.any() and parameter.dim() > 1:  # a head that begins at zero would make all outputs zero
-            torch.nn.init.normal_(parameter, std=0.02)
+    dense = lively(name)
     nets = {"dense": dense, "pruned": deepcopy(dense)}
     record = prune(nets["pruned"], IMAGES.args[0], pruning_ratio=0.5, of="macs", round_to=8)
     files, differences = {}, {}
@@ -69,7 +85,7 @@ def measure(name: str, rounds: int, folder: Path) -> dict[str, object]:
 def table(rows: list[dict[str, dict[str, dict[str, float]]]]) -> str:
     """Tell the rows as a table."""
     lines = [
-        "| network | MACs left | params left | torch, dense -> pruned | onnxruntime, dense -> pruned | off by at most |",
+        "| network | MACs left | params left | torch, dense -> pruned | onnxruntime, dense -> pruned | off by |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -55,3 +55,47 @@ def test_errors_are_words(checkpoint: Path, tmp_path: Path, arguments: str, word
     assert done.returncode == 1
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_config_of_others_is_passed_by(checkpoint: Path, tmp_path: Path) -> None:
+    """On the way up from the checkpoint lie files that only have the name."""
+    inner = tmp_path / "out" / "a" / "b"
+    inner.mkdir(parents=True)
+    (inner / "config.yaml").write_text("model: resnet\ndata: digits\n")
+    (inner.parent / "config.yaml").write_text("{: no yaml")
+    ours = next(path for folder in checkpoint.parents if (path := folder / "config.yaml").is_file())
+    (inner.parent.parent / "config.yaml").write_text(ours.read_text())
+    (inner / "last.ckpt").write_bytes(checkpoint.read_bytes())
+    done = run(tmp_path, "export", "ckpt_path=out/a/b/last.ckpt", "out=net.pt2", "format=torch_export")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_single_value_is_set_in_the_network_of_the_run(checkpoint: Path, tmp_path: Path) -> None:
+    fits = run(tmp_path, "export", f"ckpt_path={checkpoint}", "+model.num_classes=10", "out=net.onnx")
+    assert fits.returncode == 0, fits.stderr
+    other = run(tmp_path, "export", f"ckpt_path={checkpoint}", "+model.num_classes=7", "out=other.onnx")
+    assert other.returncode == 1
+    assert "fc3" in other.stderr
+    assert not (tmp_path / "other.onnx").exists()
+
+
+def test_a_fixed_batch_is_that_of_the_latency(checkpoint: Path, tmp_path: Path) -> None:
+    fixed = ["batch=fixed", "latency_batch=4", "format=torch_export", "out=net.pt2"]
+    done = run(tmp_path, "export", f"ckpt_path={checkpoint}", *fixed)
+    assert done.returncode == 0, done.stderr
+    assert "batch 4: torch" in done.stdout
+    net = torch.export.load(tmp_path / "net.pt2").module()
+    assert net(torch.rand(4, 1, 8, 8)).shape == (4, 10)
+    with pytest.raises(Exception, match="4"):
+        net(torch.rand(2, 1, 8, 8))
+
+
+def test_a_network_with_more_than_was_built(tmp_path: Path) -> None:
+    """Blocks that a callback of the run inserted are in the checkpoint, and not in the network that the config names."""
+    settings = ["callbacks=[channel_equilibrium]", "model=resnet20", "dense_twin=false", "hydra.run.dir=out"]
+    done = run(tmp_path, "experiment=smoke", *settings, "trainer.max_epochs=1", "schedule.begin=0", "schedule.end=0")
+    assert done.returncode == 0, done.stderr
+    (found,) = tmp_path.rglob("*.ckpt")
+    done = run(tmp_path, "export", f"ckpt_path={found}", "out=net.onnx")
+    print(done.returncode, done.stdout, done.stderr)
+    assert 0
