@@ -168,6 +168,23 @@ def table(out: Path) -> str:
     return "\n".join(lines)
 
 
+def pruned_table(out: Path) -> str:
+    """A line for each net, norm and criterion: errors around the cut, mean +- standard deviation over seeds."""
+    found: dict[tuple[str, str, str], list[dict[str, float]]] = {}
+    for line in out.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        row["lost"] = row["tuned"] - row["error"]
+        found.setdefault((row["net"], row["norm"], row["criterion"]), []).append(row)
+    lines = [
+        "| net | norm | smallest go | before, % | right after | 2 epochs on | lost |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for names, runs in sorted(found.items()):
+        cells = [told([run[key] for run in runs]) for key in ("error", "right after", "tuned", "lost")]
+        lines.append(f"| {' | '.join(names)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def picture(out: Path, path: Path) -> None:
     """Draw inhibited channels and errors against weight decay, and ablation curves; means and spreads over seeds."""
     from matplotlib.figure import Figure
@@ -223,7 +240,7 @@ def main() -> None:
     if given.picture:
         picture(given.out, given.picture)
     if given.table:
-        print(table(given.out))
+        print(pruned_table(given.out) if given.part == "pruned" else table(given.out))
     if given.table or given.picture:
         return
     if given.data is None:

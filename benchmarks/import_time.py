@@ -21,7 +21,9 @@ def seconds(code: str, module: str) -> float:
     """Return the time that a module and all that comes with it took to import, as Python counts it."""
     done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, check=True)
     lines = re.findall(r"\|\s+(\d+) \| (\s*)(\S+)$", done.stderr, re.MULTILINE)
-    top = [(int(total), name) for total, indent, name in lines if not indent and name.split(".")[0] == "lightning_prune"]
+    top = [
+        (int(total), name) for total, indent, name in lines if not indent and name.split(".")[0] == "lightning_prune"
+    ]
     return sum(total for total, name in top if name == "lightning_prune" or module.startswith(name)) / 1e6
 
 
