@@ -44,7 +44,9 @@ def test_the_oldest_versions_are_the_lower_bounds() -> None:
     listed = re.search(r"^dependencies = \[(.*?)^\]", project, re.DOTALL | re.MULTILINE)
     assert listed is not None
     bounds = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', listed.group(1)))
-    tried = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "tests" / "oldest_versions.txt").read_text(), re.MULTILINE))
+    tried = dict(
+        re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "tests" / "oldest_versions.txt").read_text(), re.MULTILINE)
+    )
     assert tried.keys() - {"omegaconf"} == bounds.keys()
     assert all(f"{version}.0".startswith(f"{bounds[name]}.") for name, version in tried.items() if name in bounds)
 
@@ -59,7 +61,13 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel and an sdist, built from a copy: a build leaves files beside the code."""
     pytest.importorskip("build", reason="`build` is not installed")
     folder = tmp_path_factory.mktemp("distributions")
-    files = subprocess.run(["git", "ls-files", "-z", "-c", "-o", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    files = subprocess.run(
+        ["git", "ls-files", "-z", "-c", "-o", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout
     if not files:
         pytest.skip("the code is no git checkout")
     for name in filter(None, files.split("\0")):

@@ -5,22 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 
 import hydra
+import lightning.pytorch as pl
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import nn
 
+from lightning_prune.callbacks import ChannelEquilibriumCallback
 from lightning_prune.cli.building import classifier_from, example_from, limit_threads
 from lightning_prune.cli.words import told
 from lightning_prune.cost import batch_of, measure_latency
+from lightning_prune.equilibrium import equilibrate
 from lightning_prune.exporting import Exported, onnx_latency
 from lightning_prune.exporting import export as write
 from lightning_prune.inputs import Inputs
+from lightning_prune.loading import load_weights
+from lightning_prune.workbench import MemoryImages
 
 ENDINGS = {"onnx": ".onnx", "torch_export": ".pt2", "torchscript": ".ts"}
 
-_OF_THE_RUN = ("data", "model", "channels_last", "seed")
+_OF_THE_RUN = ("data", "model", "channels_last", "seed", "callbacks")
 """What is taken from the config of the run that wrote the checkpoint, unless the command line says otherwise."""
 
 
@@ -34,7 +39,7 @@ def export(config: DictConfig) -> None:
         raise FileNotFoundError(f"`ckpt_path` is a checkpoint that a run has written; {checkpoint} is no file.")
     config = _with_the_run(config, checkpoint)
     data = instantiate(config.data)
-    module = classifier_from(config, data)
+    module = _trained(config, data)
     out = checkpoint.with_suffix(ENDINGS.get(config.format, "")) if config.out is None else Path(config.out)
     inputs = batch_of(Inputs((example_from(data),)), _batch_size(config.latency_batch))
     done = write(module, out, format=config.format, example_inputs=inputs, batch=config.batch)
@@ -42,6 +47,18 @@ def export(config: DictConfig) -> None:
     console.print(str(done), soft_wrap=True)
     if config.latency_batch is not None:
         console.print(_latency(module, done, inputs), soft_wrap=True)
+
+
+def _trained(config: DictConfig, data: MemoryImages) -> pl.LightningModule:
+    """Build the network of the run, with the blocks that a callback put into it, and load the checkpoint."""
+    bare = config.copy()
+    bare.ckpt_path = None
+    module = classifier_from(bare, data)
+    for callback in instantiate(config.get("callbacks") or {}).values():
+        if isinstance(callback, ChannelEquilibriumCallback) and callback.where != "there":
+            equilibrate(module, example_from(data), where=callback.where, equilibrium=callback.equilibrium)
+    load_weights(module, config.ckpt_path)
+    return module
 
 
 def _batch_size(given: object) -> int:
@@ -62,6 +79,7 @@ def _with_the_run(config: DictConfig, checkpoint: Path) -> DictConfig:
     overrides = [str(each).lstrip("+").partition("=")[0] for each in HydraConfig.get().overrides.task]
     run = _config_above(checkpoint)
     merged = config.copy()
+    OmegaConf.set_struct(merged, False)
     for name in _OF_THE_RUN:
         if name in run and name not in overrides:
             merged[name] = run[name]
