@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from exports import FORMATS
 from torch import nn
 
 from lightning_prune import prune
@@ -40,7 +41,7 @@ def lively(name: str) -> nn.Module:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["onnx", "torch_export"])
+@pytest.mark.parametrize("format", FORMATS[:2])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_equal_outputs(name: str, format: Any, tmp_path: Path) -> None:
     net, images = lively(name), torch.randn(2, 3, 32, 32)

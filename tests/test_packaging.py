@@ -12,8 +12,9 @@ import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
-import lightning_prune
 import pytest
+
+import lightning_prune
 
 ROOT = Path(__file__).parent.parent
 
