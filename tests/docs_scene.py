@@ -5,23 +5,24 @@ not bind itself.
 """
 
 # ruff: noqa: E402, F401
-from functools import partial, partialmethod
+from functools import partial, wraps
 
 import lightning.pytorch as pl
 import torch
 from torch import nn
 
-pl.Trainer.__init__ = partialmethod(  # what a block does not say itself
-    pl.Trainer.__init__,
-    max_epochs=3,
-    limit_train_batches=4,
-    limit_val_batches=1,
-    limit_test_batches=1,
-    accelerator="cpu",
-    logger=False,
-    enable_progress_bar=False,
-    enable_model_summary=False,
-)
+made_by = pl.Trainer.__init__
+
+
+@wraps(made_by)
+def in_haste(self, *given, **settings):
+    """What a block does not say to a Trainer itself makes it quick and quiet."""
+    quick = {"max_epochs": 3, "limit_train_batches": 4, "limit_val_batches": 1, "limit_test_batches": 1}
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    made_by(self, *given, **{**quick, **quiet, **settings})
+
+
+pl.Trainer.__init__ = in_haste
 
 from lightning_prune.flow import Flow
 from lightning_prune.handlers.registry import Call, handles

@@ -25,10 +25,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from symtable import SymbolTable, symtable
 from types import ModuleType
 
+import docs_runner
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -42,6 +44,10 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+# Each block has a process of its own, forked from one that has imported torch and Lightning: seconds less a block.
+PROCESSES = get_context("forkserver")
+PROCESSES.set_forkserver_preload(docs_runner.PRELOADED)
 
 # A fence with its language, and the comments on the lines above it.
 FENCE = re.compile(r"((?:^<!--[^\n]*-->\n+)*)^```(\w+)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -147,11 +153,12 @@ def test_blocks_say_where_their_names_come_from(program: Program) -> None:
 def test_blocks_run(program: Program, tmp_path: Path) -> None:
     for package in program.needs:
         pytest.importorskip(package)
-    (tmp_path / "block.py").write_text(f"{scene_for(ast.parse(program.code))}\n{program.code}", encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "block.py"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    path = tmp_path / "block.py"
+    path.write_text(f"{scene_for(ast.parse(program.code))}\n{program.code}", encoding="utf-8")
+    process = PROCESSES.Process(target=docs_runner.run, args=(path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "said").read_text(encoding="utf-8")
 
 
 def told(override: str) -> list[str]:

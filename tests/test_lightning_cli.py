@@ -1,10 +1,11 @@
-"""LightningCLI: every callback can be given in YAML, with arguments of any type, and a fit from YAML is like any other."""
+"""LightningCLI: callbacks can be given in YAML, with arguments of any type, and a fit from YAML is like any other."""
 
 from __future__ import annotations
 
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from torch import Tensor, nn
-
-for name in ("jsonargparse", "docstring_parser", "typeshed_client"):  # jsonargparse[signatures]
-    pytest.importorskip(name)
-
-from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from torch import Tensor, nn
 
 from lightning_prune import Reconstruction, allocation, callbacks, criteria, history_of, masks, schedules
 from lightning_prune.allocation import Allocation, ByCost, Global, Isomorphic, WeightAllocation
@@ -29,9 +25,14 @@ from lightning_prune.masks import NM, Blocks, PerLayer
 from lightning_prune.metrics import CumulativeAblationCurve
 from lightning_prune.workbench import Digits
 
-pytestmark = pytest.mark.filterwarnings(  # Lightning 2.6 calls what jsonargparse 4.49 deprecates
-    r"ignore:(.|\s)*(instantiate_classes|JsonargparseDeprecationWarning)"
-)
+WHOLE = [find_spec(name) is not None for name in ("jsonargparse", "docstring_parser", "typeshed_client")]
+
+pytestmark = [
+    pytest.mark.skipif(not all(WHOLE), reason="needs jsonargparse[signatures]"),
+    pytest.mark.filterwarnings(  # Lightning 2.6 calls what jsonargparse 4.49 deprecates
+        r"ignore:[\s\S]*(in v4[.]49[.]0|JsonargparseDeprecationWarning)"
+    ),
+]
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "lightning_cli.md").read_text(encoding="utf-8")
@@ -69,6 +70,11 @@ def given(name: str, init_args: Mapping[str, Any] | str) -> Any:
     return callback
 
 
+def refusal() -> type[Exception]:
+    """Return jsonargparse's error, which is there where jsonargparse is."""
+    return pytest.importorskip("jsonargparse").ArgumentError  # type: ignore[no-any-return]
+
+
 def defaults(callback: type) -> dict[str, Any]:
     """Return the default of each argument, those that `**arguments` hands on included."""
     parameters = inspect.signature(callback).parameters.values()
@@ -97,7 +103,10 @@ def told(value: Any, depth: int = 6) -> Any:
         return [told(each, depth - 1) for each in value]
     if callable(value) and hasattr(value, "__name__"):
         return value.__name__
-    return (type(value).__name__, told(vars(value), depth - 1) if depth and hasattr(value, "__dict__") else "")
+    parts = vars(value) if depth and hasattr(value, "__dict__") else {}
+    if isinstance(value, nn.Module):  # the rest is torch's and torchmetrics' own
+        parts = {name: each for name, each in parts.items() if not name.startswith("_")}
+    return (type(value).__name__, told(parts, depth - 1))
 
 
 def test_all_callbacks_are_here() -> None:
@@ -315,10 +324,8 @@ def test_arguments_of_their_own(name: str, init_args: str, read_off: Callable[[A
     ],
 )
 def test_a_wrong_argument_is_named(init_args: str, message: str) -> None:
-    text = "{trainer: {callbacks: [{class_path: lightning_prune.callbacks.MagnitudePruneCallback, init_args: {"
-    text += f"{init_args.removeprefix('{').removesuffix('}') if init_args.startswith('{') else init_args}}}}}]}}}}"
-    with pytest.raises(ArgumentError) as caught:
-        read(text)
+    with pytest.raises(refusal()) as caught:
+        given("MagnitudePruneCallback", init_args)
     assert re.search(message, str(caught.value), re.DOTALL)
 
 
@@ -330,7 +337,7 @@ def test_a_value_out_of_range_is_our_own_error() -> None:
 
 
 def test_a_missing_argument_is_named() -> None:
-    with pytest.raises(ArgumentError, match="required: pruning_ratio"):
+    with pytest.raises(refusal(), match="required: pruning_ratio"):
         given("PruneCallback", "of: macs")
 
 
@@ -394,7 +401,8 @@ def test_a_fit_from_yaml_and_again_from_what_it_saved(folder: Path) -> None:
 def test_callbacks_from_the_command_line_by_their_short_names(folder: Path) -> None:
     short = ["--trainer.callbacks=MagnitudePruneCallback", "--trainer.callbacks.pruning_ratio=0.25"]
     more = ["--trainer.callbacks.begin=1", "--trainer.callbacks.end=1", "--trainer.callbacks+=SparsityMonitor"]
-    made = cli("fit", *short, *more, "--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.logger=false")
+    rest = ["--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.logger=false", "--optimizer=SGD"]
+    made = cli("fit", *short, *more, *rest, "--optimizer.lr=0.05")
     assert history_of(made.model)[-1].asked == 0.25
     assert any(isinstance(each, callbacks.SparsityMonitor) for each in made.trainer.callbacks)  # type: ignore[attr-defined]
 
