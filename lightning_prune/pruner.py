@@ -99,6 +99,7 @@ class Request:
                 raise ValueError(f"`{name}` is one of {', '.join(map(repr, known))}; got {getattr(self, name)!r}.")
         if isinstance(self.ignore, str):
             raise TypeError(f"`ignore` is a sequence of patterns; got the string {self.ignore!r}: put it in a list.")
+        object.__setattr__(self, "ignore", tuple(self.ignore))  # a list or a tuple: the same callback to a checkpoint
 
 
 def prune(

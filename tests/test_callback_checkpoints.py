@@ -273,3 +273,13 @@ def test_resuming_into_another_network_is_refused(tmp_path: Path) -> None:
     with pytest.raises(HistoryError, match="Build the model with the arguments that it was trained with"):
         fit(Module(net=other), METHODS["magnitude"](), ckpt=tmp_path / "4.ckpt")
     assert other[0].out_channels == 9
+
+
+def test_a_list_of_patterns_is_the_same_callback_as_a_tuple() -> None:
+    """A script passes (), a yaml gives []: a checkpoint of one is resumed by the other."""
+    keys = {MagnitudePruneCallback(0.5, ignore=ignore).state_key for ignore in ((), [])}
+    assert len(keys) == 1
+    assert (
+        MagnitudePruneCallback(0.5, ignore=["stem"]).state_key
+        == MagnitudePruneCallback(0.5, ignore=("stem",)).state_key
+    )

@@ -242,3 +242,21 @@ def test_a_wrong_group_fails_the_proof() -> None:
     object.__setattr__(thawed, "frozen", None)
     with pytest.raises(AssertionError):
         prove(net, x, [thawed])
+
+
+def test_a_handler_registered_after_a_reading_is_found() -> None:
+    """As in a notebook: the warning says to write one, one writes it, and reads again."""
+    from lightning_prune.handlers import registry
+
+    op = torch.ops.aten.geqrf
+
+    def later(call: object) -> None:
+        """Say nothing."""
+
+    assert registry.handler_for(op.default) is None
+    try:
+        registry.handles(op)(later)
+        assert registry.handler_for(op.default) is later
+    finally:
+        del registry._handlers[op]
+        registry.handler_for.cache_clear()

@@ -102,7 +102,7 @@ def told(value: Any, depth: int = 6) -> Any:
     if isinstance(value, Sequence):
         return [told(each, depth - 1) for each in value]
     if callable(value) and hasattr(value, "__name__"):
-        return value.__name__
+        return ("function", value.__name__)
     parts = vars(value) if depth and hasattr(value, "__dict__") else {}
     if isinstance(value, nn.Module):  # the rest is torch's and torchmetrics' own
         parts = {name: each for name, each in parts.items() if not name.startswith("_")}

@@ -79,6 +79,7 @@ def handles(*ops: OpOverloadPacket) -> Callable[[Handler], Handler]:
 
     def register(handler: Handler) -> Handler:
         _handlers.update(dict.fromkeys(ops, handler))
+        handler_for.cache_clear()
         return handler
 
     return register
@@ -89,6 +90,7 @@ def handles_named(*names: str) -> Callable[[Handler], Handler]:
 
     def register(handler: Handler) -> Handler:
         _named.update(dict.fromkeys(names, handler))
+        handler_for.cache_clear()
         return handler
 
     return register
@@ -97,6 +99,7 @@ def handles_named(*names: str) -> Callable[[Handler], Handler]:
 def handles_pointwise(handler: Handler) -> Handler:
     """Register the handler of every operation that torch tags as pointwise."""
     _pointwise.append(handler)
+    handler_for.cache_clear()
     return handler
 
 

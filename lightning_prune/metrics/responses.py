@@ -16,8 +16,9 @@ from lightning_prune.inputs import ExampleInputs, bind
 from lightning_prune.layers.norms import channel_dim, named_norms
 from lightning_prune.modes import in_eval_mode
 
-Activation: TypeAlias = Callable[[Tensor], Tensor]
-"""What comes behind a norm, such as `torch.relu`."""
+Activation: TypeAlias = Callable[[Tensor], Any]
+"""What comes behind a norm, such as `torch.relu`: a tensor in, a tensor out. Told as `Any`, since jsonargparse reads
+the path of a function of torch, which has no signature, only where no type of result is asked for."""
 
 See: TypeAlias = Callable[[str, Tensor], Tensor | None]
 """Takes a layer's name and its output, (n, c, ...); returns what each channel is multiplied by, (c,), or None."""
