@@ -11,6 +11,9 @@ import torch
 
 torch.set_num_threads(1)
 
+# Looking for doctests imports every module; this one changes the Trainer for the pages' programs, and for nobody else.
+collect_ignore = ["docs_scene.py"]
+
 
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> Iterator[None]:

@@ -148,7 +148,7 @@ def test_without_an_epoch_only_lasso_cuts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", ["lenet_300_100", "mnist_fc", "resnet20"])
 def test_the_checkpoint_of_another_model_is_refused(trained: dict[str, Any], tmp_path: Path, model: str) -> None:
     with pytest.raises(
-        HistoryError, match=r"(?s)do not fit the model.*Choose the model= that it was trained with"
+        HistoryError, match=r"(?s)do not fit the model.*Choose the model that it was trained with"
     ) as caught:
         experiment(tmp_path, f"model={model}", "method=lasso", quoted(trained["path"])).run()
     assert str(trained["path"]) in str(caught.value)
