@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -19,7 +19,7 @@ from lightning_prune.report import comparison_table, count
 
 log = logging.getLogger(__name__)
 
-Objectives = float | tuple[float, ...]
+Objectives: TypeAlias = float | tuple[float, ...]
 """What a sweeper is told about a run: one figure, or several."""
 
 
