@@ -37,7 +37,8 @@ _TAGGED_LATER = "hardtanh hardsigmoid leaky_relu elu celu mish hardshrink softsh
 """Activations without torch's pointwise tag in torch 2.5, the oldest that we support."""
 
 _UNTAGGED = packets(
-    f"{_TAGGED_LATER} hardswish _prelu_kernel rrelu_with_noise log_sigmoid_forward floor_divide native_dropout _fused_dropout complex "
+    f"{_TAGGED_LATER} "
+    "hardswish _prelu_kernel rrelu_with_noise log_sigmoid_forward floor_divide native_dropout _fused_dropout complex "
     "polar copy masked_fill bernoulli fill zero random uniform normal log_normal exponential cauchy geometric "
     "_conj resolve_conj _conj_physical _neg_view real imag view_as_real_copy fake_quantize_per_tensor_affine "
     "fake_quantize_per_tensor_affine_cachemask _fake_quantize_per_tensor_affine_cachemask_tensor_qparams "
