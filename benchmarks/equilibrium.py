@@ -31,8 +31,8 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
+from circumstances import circumstances, note
 from papers_rows import Bench, Setting, Task, no_callbacks
-from papers_table import circumstances, note
 from torch import nn
 from torchvision.ops import SqueezeExcitation
 

@@ -19,8 +19,8 @@ from time import perf_counter
 
 import torch
 import torch.nn.functional as F
+from circumstances import circumstances
 from equilibrium import squeezed
-from papers_table import circumstances
 from torch import Tensor, nn
 
 from lightning_prune.cost import count_macs, count_params

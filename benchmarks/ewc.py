@@ -21,7 +21,7 @@ from statistics import mean, stdev
 
 import lightning.pytorch as pl
 import torch
-from papers_table import circumstances
+from circumstances import circumstances
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn

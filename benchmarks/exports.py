@@ -20,7 +20,7 @@ from statistics import median, quantiles
 
 import torch
 import torchvision
-from papers_table import circumstances
+from circumstances import circumstances
 from torch import nn
 
 from lightning_prune import prune

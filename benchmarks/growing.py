@@ -22,8 +22,9 @@ from statistics import mean, stdev
 
 import lightning.pytorch as pl
 import torch
+from circumstances import circumstances, note
 from papers_rows import Bench, Setting, Task
-from papers_table import circumstances, done, note
+from papers_table import done
 
 from lightning_prune.callbacks import RigLCallback
 from lightning_prune.workbench import LeNet300

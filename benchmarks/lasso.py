@@ -23,9 +23,9 @@ from time import perf_counter
 
 import lightning.pytorch as pl
 import torch
+from circumstances import circumstances, note
 from papers_rows import Bench, Setting, Task
 from papers_slimming import RESNET20_FASHION, VGG16_FASHION
-from papers_table import circumstances, note
 from torch import Tensor, nn
 
 from lightning_prune import prune, reconstruct

@@ -15,7 +15,7 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from papers_table import circumstances
+from circumstances import circumstances
 from torchvision.models import resnet50
 
 from lightning_prune import reconstruct

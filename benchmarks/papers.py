@@ -22,8 +22,9 @@ import papers_han
 import papers_l0
 import papers_slimming
 import torch
+from circumstances import circumstances, note
 from papers_rows import Bench, Row
-from papers_table import circumstances, done, note, table
+from papers_table import done, table
 
 ROWS: dict[str, Row] = {
     row.name: row for row in (*papers_han.ROWS, *papers_slimming.ROWS, *papers_fisher.ROWS, *papers_l0.ROWS)

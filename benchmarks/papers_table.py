@@ -3,34 +3,10 @@
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import mean, stdev
 
-import lightning
-import torch
 from papers_rows import Row
-
-
-def circumstances() -> dict[str, object]:
-    """When, with which code and on what a result was measured."""
-    return {
-        "commit": _commit(),
-        "torch": torch.__version__,
-        "lightning": lightning.__version__,
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def note(out: Path, result: dict[str, object]) -> None:
-    """Append one result."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(result) + "\n")
 
 
 def done(out: Path) -> dict[tuple[str, int], dict[str, object]]:
@@ -60,10 +36,3 @@ def _line(row: Row, name: str, values: list[float]) -> str:
     here = f"{mean(values):.4g}{spread}" if values else "not run"
     paper = f"{row.paper[name]:g}" if name in row.paper else ""
     return f"| {row.name} | {name} | {here} | {len(values)} | {paper} |"
-
-
-def _commit() -> str:
-    here = Path(__file__).resolve().parent
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-    said = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
-    return said.stdout.strip() or "unknown"

@@ -1,0 +1,81 @@
+"""What every result says of itself: when, with which code, versions and machine; and how it is kept on disk."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import quantiles
+
+import torch
+
+from lightning_prune.cost import Machine
+
+PEERS = ("torch-pruning", "torch-kirigami", "onnxruntime")
+
+
+def circumstances() -> dict[str, object]:
+    """When, with which code and on what a result was measured."""
+    return {
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": version("lightning"),
+        **{peer: found for peer in PEERS if (found := installed(peer))},
+        "threads": torch.get_num_threads(),
+        "machine": Machine.here(torch.device("cpu")).device,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def installed(package: str) -> str | None:
+    """The version of a package, or None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def note(out: Path, result: Mapping[str, object]) -> None:
+    """Append one result as a line of JSON."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(result) + "\n")
+
+
+def noted(out: Path) -> list[dict[str, object]]:
+    """The results in a file, in the order in which they came; a last line that was cut short is left out."""
+    lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
+    whole = []
+    for number, line in enumerate(lines, 1):
+        try:
+            whole.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise
+    return whole
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; all columns but the first stand on the right."""
+    head = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in head)
+
+
+def middle(values: Sequence[float], form: str = ".2f") -> str:
+    """Median and quartiles, as text."""
+    if len(values) < 2:
+        return format(values[0], form) if values else ""
+    low, median, high = quantiles(values, n=4, method="inclusive")
+    return f"{median:{form}} ({low:{form}} to {high:{form}})"
+
+
+def _commit() -> str:
+    here = Path(__file__).resolve().parent
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    said = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    return said.stdout.strip() or "unknown"
