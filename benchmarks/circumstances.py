@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import quantiles
+from typing import Any
 
 import torch
 
@@ -41,23 +42,18 @@ def installed(package: str) -> str | None:
 
 
 def note(out: Path, result: Mapping[str, object]) -> None:
-    """Append one result as a line of JSON."""
+    """Append one result as a line of JSON; a last line that was cut short makes room for it."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(result) + "\n")
+    with out.open("ab+") as lines:
+        lines.seek(0)
+        lines.truncate(lines.read().rfind(b"\n") + 1)
+        lines.write(json.dumps(result).encode() + b"\n")
 
 
-def noted(out: Path) -> list[dict[str, object]]:
+def noted(out: Path) -> list[dict[str, Any]]:
     """The results in a file, in the order in which they came; a last line that was cut short is left out."""
-    lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
-    whole = []
-    for number, line in enumerate(lines, 1):
-        try:
-            whole.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise
-    return whole
+    lines = out.read_text(encoding="utf-8").splitlines(keepends=True) if out.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from statistics import mean, stdev
 
+from circumstances import noted
 from papers_rows import Row
 
 
 def done(out: Path) -> dict[tuple[str, int], dict[str, object]]:
     """The last result of each row and seed."""
-    lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
-    results = [json.loads(line) for line in lines]
-    return {(result["row"], result["seed"]): result for result in results}
+    return {(result["row"], result["seed"]): result for result in noted(out)}
 
 
 def table(rows: list[Row], out: Path) -> str:
