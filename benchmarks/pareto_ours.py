@@ -80,6 +80,21 @@ def fisher_by_cost(job: Job) -> pl.Callback:
     )
 
 
+def taylor_by_cost(job: Job) -> pl.Callback:
+    """As Fisher by cost, with the scores of Taylor."""
+    every, begin = _early(job)
+    return PruneCallback(
+        job.target,
+        of="macs",
+        criterion=Taylor(),
+        allocation=ByCost(),
+        schedule=cubic,
+        begin=begin,
+        end=begin + 5 * every,
+        every_n_steps=every,
+    )
+
+
 def slimming(job: Job) -> pl.Callback:
     """L1 on the BatchNorm scales for the first epoch, then the smallest go."""
     return BNSlimmingCallback(job.target, of="macs", strength=1e-3, allocation=Global(), begin=1)

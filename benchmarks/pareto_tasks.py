@@ -30,7 +30,7 @@ BUDGET = 3
 
 _LENET = Setting(6, 0.02, 5e-4, batch_size=64, limit=10_000)
 _VGG = Setting(10, 0.1, 5e-4, batch_size=64, limit=10_000)
-_RESNET = Setting(10, 0.1, 5e-4, batch_size=64, limit=5_000)
+_RESNET = Setting(10, 0.1, 5e-4, batch_size=64, limit=10_000)
 
 
 def _task(name: str, dense: Setting, lr: float, **how: object) -> Task:
@@ -42,7 +42,7 @@ TASKS: dict[str, Task] = {
     for task in (
         _task("lenet5", _LENET, 0.02, make=LeNet5, images="MNIST"),
         _task("vgg16_bn", _VGG, 0.02, make=partial(VGG16BN, 1, 28, width=0.25), images="FashionMNIST"),
-        _task("resnet20", _RESNET, 0.02, make=partial(resnet20, 1, 28), images="FashionMNIST"),
+        _task("resnet20", _RESNET, 0.02, make=partial(resnet20, 1, 28, width=0.5), images="FashionMNIST"),
     )
 }
 
