@@ -11,6 +11,7 @@ from sweeping import run
 
 from lightning_prune.exporting.formats import opened
 from lightning_prune.inputs import Inputs
+from lightning_prune.sensitivity import Sensitivity
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def test_a_fixed_batch_is_that_of_the_latency(checkpoint: Path, tmp_path: Path) 
         net(torch.rand(2, 1, 8, 8))
 
 
-def test_a_network_with_more_than_was_built(tmp_path: Path) -> None:
+def test_blocks_that_a_callback_put_in(tmp_path: Path) -> None:
     """Blocks that a callback of the run put in are in the checkpoint, and not in the network that the config names."""
     settings = ["callbacks=[channel_equilibrium]", "model=resnet20", "dense_twin=false", "hydra.run.dir=out"]
     done = run(tmp_path, "experiment=smoke", *settings, "trainer.max_epochs=1", "schedule.begin=0", "schedule.end=0")
@@ -106,3 +107,9 @@ def test_a_network_with_more_than_was_built(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     names = dict(torch.export.load(tmp_path / "net.pt2").named_parameters())
     assert any("equilibrium" in name for name in names)
+    done = run(tmp_path, "analyze", f"ckpt_path={found}", "hydra.run.dir=looked", "pruning_ratio=0")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "looked" / "analysis.json").is_file()
+    done = run(tmp_path, "sensitivity", f"checkpoint={found}", "batches=1", "ratios=[0.5]", "hydra.run.dir=scanned")
+    assert done.returncode == 0, done.stderr
+    assert len(Sensitivity.load(tmp_path / "scanned" / "sensitivity.json").rows) > 20

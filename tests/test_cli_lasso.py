@@ -123,7 +123,9 @@ def test_with_an_epoch_of_training_it_is_cut_first(trained: dict[str, Any], tmp_
 
 def test_a_run_starts_from_the_weights_of_a_checkpoint(trained: dict[str, Any], tmp_path: Path) -> None:
     chosen = config(tmp_path, quoted(trained["path"]))
-    assert equal(classifier_from(chosen, instantiate(chosen.data)).state_dict(), trained["module"].state_dict())
+    assert equal(
+        classifier_from(chosen, instantiate(chosen.data), chosen.ckpt_path).state_dict(), trained["module"].state_dict()
+    )
 
 
 def test_other_methods_go_on_from_a_checkpoint_with_a_refit(trained: dict[str, Any], tmp_path: Path) -> None:
@@ -188,4 +190,6 @@ def test_a_pruned_checkpoint_is_taken_up_as_it_is(trained: dict[str, Any], tmp_p
 def test_a_saved_network_is_taken_up_too(trained: dict[str, Any], tmp_path: Path) -> None:
     save_pruned(trained["module"], tmp_path / "net.pt")
     chosen = config(tmp_path, quoted(tmp_path / "net.pt"))
-    assert equal(classifier_from(chosen, instantiate(chosen.data)).state_dict(), trained["module"].state_dict())
+    assert equal(
+        classifier_from(chosen, instantiate(chosen.data), chosen.ckpt_path).state_dict(), trained["module"].state_dict()
+    )

@@ -14,7 +14,8 @@ from hydra.core.hydra_config import HydraConfig
 from PIL import Image
 
 from lightning_prune import prune
-from lightning_prune.cli.building import classifier_from, sensitivity_from
+from lightning_prune.cli.building import classifier_from
+from lightning_prune.cli.sensitivity import sensitivity_from
 from lightning_prune.errors import HistoryError
 from lightning_prune.history import save_pruned
 from lightning_prune.sensitivity import Sensitivity

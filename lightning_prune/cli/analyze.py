@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import hydra
 import torch
@@ -23,6 +24,7 @@ from lightning_prune.cli.building import (
     network_from,
 )
 from lightning_prune.cli.outcome import write_whole
+from lightning_prune.cli.trained import trained_from, with_the_run
 from lightning_prune.cli.words import told
 from lightning_prune.criteria import Magnitude
 from lightning_prune.loading import load_weights
@@ -39,6 +41,8 @@ def analyze(config: DictConfig) -> None:
     """Print what a network's groups are and what a cut would give, and leave the same as analysis.json."""
     limit_threads(config)
     request = request_from(config)
+    if config.ckpt_path is not None and config.example is None:
+        config = with_the_run(config, Path(config.ckpt_path))
     data = instantiate(config.data)
     module, example = _looked_at(config, data)
     found = look(module, example, request)
@@ -88,7 +92,9 @@ def _sizes(shape: Sequence[int]) -> dict[str, int]:
 def _looked_at(config: DictConfig, data: MemoryImages) -> tuple[nn.Module, Tensor]:
     """Return what is looked at: the classifier of a run, with its names; or a network that takes another input."""
     if config.example is None:
-        return classifier_from(config, data), example_from(data)
+        if config.ckpt_path is None:
+            return classifier_from(config, data), example_from(data)
+        return trained_from(config, data, Path(config.ckpt_path)), example_from(data)
     net = network_from(config, _sizes(config.example) | {"num_classes": data.num_classes})
     if config.ckpt_path is not None:
         load_weights(net, config.ckpt_path)

@@ -1,4 +1,4 @@
-"""From a config to what it describes: network, data, Trainer, experiment, scan."""
+"""From a config to what it describes: network, data, Trainer, experiment."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from lightning_prune.loading import load_weights
-from lightning_prune.sensitivity import Sensitivity, sensitivity
 from lightning_prune.workbench import Classifier, Experiment, MemoryImages
 
 
@@ -47,11 +46,13 @@ def experiment_from(config: DictConfig) -> Experiment:
     def trainer(name: str, callbacks: list[pl.Callback]) -> pl.Trainer:
         loggers = instantiate(config.logger) if name == "pruned" else False
         more = [instantiate(each) for each in (config.get("callbacks") or {}).values()]
-        return _trainer(config, callbacks=[*more, *callbacks], logger=loggers, default_root_dir=str(folder() / name))
+        return trainer_from(
+            config, callbacks=[*more, *callbacks], logger=loggers, default_root_dir=str(folder() / name)
+        )
 
     return Experiment(
         data,
-        partial(classifier_from, config, data),
+        partial(classifier_from, config, data, config.ckpt_path),
         instantiate(config.method),
         trainer,
         config.dense_twin,
@@ -70,43 +71,18 @@ def _hparams(config: DictConfig) -> dict[str, Any]:
     return {"seed": config.seed, **choices, **{name: value for name, value in given.items() if name not in choices}}
 
 
-def sensitivity_from(config: DictConfig) -> Sensitivity:
-    """Train the network that a config describes, or load it, and scan its layers.
-
-    Raises:
-        HistoryError: The checkpoint is none, or does not fit the model.
-        ValueError: An argument of the scan is wrong.
-    """
-    data = instantiate(config.data)
-    module = classifier_from(config, data)
-    trainer = _trainer(config, logger=False, default_root_dir=str(folder()))
-    if config.checkpoint is None:
-        trainer.fit(module, data)
-    else:
-        load_weights(module, config.checkpoint)
-    return sensitivity(
-        module.to(trainer.strategy.root_device),
-        data,
-        config.ratios,
-        of=config.of,
-        criterion=instantiate(config.get("criterion")),
-        ignore=config.ignore,
-        batches=config.batches,
-    )
-
-
-def classifier_from(config: DictConfig, data: MemoryImages) -> pl.LightningModule:
+def classifier_from(config: DictConfig, data: MemoryImages, checkpoint: str | None = None) -> pl.LightningModule:
     """Build the network that a config describes, with the weights of its seed or of a checkpoint.
 
     Raises:
-        HistoryError: The checkpoint is none, or does not fit the model.
+        HistoryError: The checkpoint is none, or does not fit the network.
     """
     net = network_from(config, sizes_of(data))
     example = example_from(data)
     optimizer, lr_scheduler = instantiate(config.optimizer), instantiate(config.lr_scheduler)
     made = Classifier(net, data.num_classes, optimizer=optimizer, lr_scheduler=lr_scheduler, example=example)
-    if config.get("ckpt_path") is not None:
-        load_weights(made, config.ckpt_path)
+    if checkpoint is not None:
+        load_weights(made, checkpoint)
     return made
 
 
@@ -140,6 +116,7 @@ def _taken(model: DictConfig, names: Iterable[str]) -> list[str]:
     return [name for name in names if (every or name in parameters) and name not in model]
 
 
-def _trainer(config: DictConfig, **arguments: Any) -> pl.Trainer:
+def trainer_from(config: DictConfig, **arguments: Any) -> pl.Trainer:
+    """Build the Trainer that a config describes, with further arguments."""
     made: pl.Trainer = instantiate(config.trainer, **arguments)
     return made
