@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import pareto
 import pareto_ways
 from circumstances import note, noted
-from pareto_peers import kirigami, model_pruning, narrow, torch_pruning
+from pareto_peers import kirigami, torch_pruning
 from pareto_picture import draw
 from pareto_table import cells_of, table, verdict
 from pareto_tasks import TASKS, Bench, Job, least_ratio

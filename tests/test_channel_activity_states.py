@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, distributed, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics import MetricCollection
+from versions import needs
 
 from lightning_prune.errors import PruningError
 from lightning_prune.metrics import ChannelActivity, InhibitedChannels, channel_activity
@@ -68,6 +69,7 @@ class TestOneProcess:
         with pytest.raises(PruningError, match="reset it after a cut"):
             metric(net(5, 3), batch())
 
+    @needs("torchmetrics", "1.5", "has no `merge_state`")
     def test_merging(self, kind: type[ChannelActivity]) -> None:
         first, second = batch().split([5, 7])
         for begun in (kind(), whole(kind, first)):
@@ -78,12 +80,14 @@ class TestOneProcess:
             begun.update(net(5, 4), batch(3, 1))
             assert same(begun.compute(), whole(kind, *seen, second, batch(3, 1)).compute())
 
+    @needs("torchmetrics", "1.5", "has no `merge_state`")
     def test_merging_what_saw_other_layers(self, kind: type[ChannelActivity]) -> None:
         metric, other = whole(kind, batch(), widths=(5,)), kind(layers=["3"])
         other.update(net(5, 4), batch())
         metric.merge_state(other)
         assert same(dict(sorted(metric.activities().items())), whole(kind, batch()).activities())
 
+    @needs("torchmetrics", "1.5", "has no `merge_state`")
     def test_merging_other_widths_is_refused(self, kind: type[ChannelActivity]) -> None:
         with pytest.raises(PruningError, match=r"layer '3' was seen with 3 channels and with 4.*reset it after a cut"):
             whole(kind, batch()).merge_state(whole(kind, batch(), widths=(5, 3)))
@@ -211,6 +215,7 @@ class TestDevicesWithoutDouble:
         metric.reset()
         assert metric.total.device.type == "cpu"
 
+    @needs("torchmetrics", "1.5", "takes the CPU for the device of every new metric")
     def test_made_there(self) -> None:
         with torch.device("meta"), WithoutDouble():
             metric = InhibitedChannels()

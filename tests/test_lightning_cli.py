@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch import Tensor, nn
+from versions import needs
 
 from lightning_prune import Reconstruction, allocation, callbacks, criteria, history_of, masks, schedules
 from lightning_prune.allocation import Allocation, ByCost, Global, Isomorphic, WeightAllocation
@@ -29,6 +30,7 @@ WHOLE = [find_spec(name) is not None for name in ("jsonargparse", "docstring_par
 
 pytestmark = [
     pytest.mark.skipif(not all(WHOLE), reason="needs jsonargparse[signatures]"),
+    needs("lightning", "2.6", "is called by a jsonargparse of its time, not by that of today"),
     pytest.mark.filterwarnings(  # Lightning 2.6 calls what jsonargparse 4.49 deprecates
         r"ignore:[\s\S]*(in v4[.]49[.]0|JsonargparseDeprecationWarning)"
     ),

@@ -29,6 +29,7 @@ from lightning.pytorch.callbacks import (
 from masked import Exact, is_exact, masked, weights_of, wrong
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from versions import needs
 
 from lightning_prune import history_of, load_pruned, masks
 from lightning_prune.allocation import Global, Uniform
@@ -243,6 +244,7 @@ def average(kind: str) -> list[Callback]:
     return [neighbours.EMAWeightAveraging(decay=0.8)] if kind == "ema" else []
 
 
+@needs("lightning", "2.6", "saves an object with StochasticWeightAveraging that `weights_only` does not load")
 @pytest.mark.filterwarnings("ignore:.*that ended before the epoch ended")
 @either_side
 @pytest.mark.parametrize("weights_only", [False, True])

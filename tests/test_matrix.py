@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn, optim
 from torch.optim import LBFGS, SGD, Adafactor, Adam, AdamW, Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from versions import needs
 
 from lightning_prune import history_of
 from lightning_prune.callbacks import MagnitudePruneCallback, PruneCallback
@@ -51,8 +52,9 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "rprop": partial(optim.Rprop, lr=0.05),
     "lbfgs": partial(LBFGS, lr=4.0, max_iter=2),
     "adafactor": partial(Adafactor, lr=0.5, d=10.0),
-    "muon": partial(optim.Muon, lr=0.5),
 }
+if hasattr(optim, "Muon"):  # torch 2.9
+    OPTIMIZERS["muon"] = partial(optim.Muon, lr=0.5)
 
 LENGTH = EPOCHS * STEPS
 
@@ -274,6 +276,7 @@ def norm(parameters: Iterable[nn.Parameter]) -> float:
     return float(torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm())
 
 
+@needs("torch", "2.9", "has no Muon")
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_manual_optimization_with_muon_and_adamw(accumulate: int, precision: str) -> None:

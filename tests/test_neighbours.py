@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
+from versions import needs
 
 from lightning_prune import history_of, load_pruned
 from lightning_prune.callbacks import MagnitudePruneCallback, PruneCallback
@@ -378,6 +379,7 @@ def test_a_later_search_changes_nothing_around_the_cut(
     assert equal(searched.state_dict(), plain.state_dict())
 
 
+@needs("lightning", "2.6", "searches batch sizes without a margin")
 @either_side
 @pytest.mark.parametrize(("mode", "example"), [("power", EXAMPLE), ("binsearch", None)], ids=["power", "binsearch"])
 @pytest.mark.usefixtures("in_a_folder_of_its_own")

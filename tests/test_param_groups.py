@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, RMSprop, lr_scheduler
 from torch.optim.swa_utils import SWALR
+from versions import needs
 
 from lightning_prune.callbacks.param_groups import join, leave
 
@@ -520,6 +521,7 @@ def column(folder: Path, name: str) -> list[float]:
         return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
 
 
+@needs("lightning", "2.6", "has no fit(weights_only=)")
 @pytest.mark.parametrize("interval", ["step", "epoch"])
 def test_in_a_fit_with_a_monitor(tmp_path: Path, interval: str) -> None:
     gates, monitor = Gates(), LearningRateMonitor(log_momentum=True, log_weight_decay=True)
@@ -536,6 +538,7 @@ def test_in_a_fit_with_a_monitor(tmp_path: Path, interval: str) -> None:
     assert all(own > 0 for _, own in inside)
 
 
+@needs("lightning", "2.6", "has no fit(weights_only=)")
 @pytest.mark.parametrize("interval", ["step", "epoch"])
 def test_a_fit_resumes_bit_for_bit(tmp_path: Path, interval: str) -> None:
     class Save(pl.Callback):

@@ -12,10 +12,12 @@ import pytest
 import torch
 from fits import Module, Resumable, equal, momentum, network, trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch import callbacks as neighbours
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import SGD
+from versions import needs
 
 from lightning_prune import history_of
 from lightning_prune.callbacks import BNSlimmingCallback
@@ -152,8 +154,9 @@ def test_a_pruned_network_keeps_its_scales() -> None:
         trainer(slimming(begin=0, end=0), max_epochs=1, limit_train_batches=1).fit(module)
 
 
+@needs("lightning", "2.6", "has no EMAWeightAveraging")
 def test_an_average_of_the_weights_has_them_too() -> None:
-    module, average = Module(partial(SGD, lr=0.0)), EMAWeightAveraging(decay=0.9)
+    module, average = Module(partial(SGD, lr=0.0)), neighbours.EMAWeightAveraging(decay=0.9)
     trainer(slimming(begin=1), average, max_epochs=2).fit(module)
     assert set(module.net[1].weight.tolist()) == {0.5}
 
