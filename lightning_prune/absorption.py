@@ -99,7 +99,8 @@ class _Found:
     def _only_gone(self, emission: Emission, labels: LabelArray | None, dim: int) -> Tensor:
         mean = emission.mean
         others = [place for place in range(mean.dim()) if place != dim % mean.dim()]
-        along = mean.mean(others).expand(emission.values.shape[1:][dim])
+        along = mean.flatten() if mean.numel() == mean.shape[dim] else mean.mean(others)
+        along = along.expand(emission.values.shape[1:][dim])
         constants = torch.zeros_like(along)
         gone = self._emissions.gone(labels)
         constants[gone] = along[gone].nan_to_num(0.0)

@@ -109,12 +109,34 @@ def _kept(tensors: Mapping[str, Tensor], groups: Iterable[ChannelGroup], plan: P
     return kept
 
 
+_LARGE = 2**22
+"""Tensors of more elements are cut in pieces: one between the steps would be as large as they are."""
+
+_PIECE = 2**18
+"""So many elements are cut at a time."""
+
+
 def cut_tensor(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     """Return a new, smaller tensor in the memory format of the old one."""
-    smaller = tensor.detach()
-    for dim, positions in kept.items():
-        smaller = smaller.index_select(dim, positions.to(tensor.device))
-    return _in_format_of(tensor, smaller)
+    places = {dim: kept[dim].to(tensor.device) for dim in sorted(kept)}  # rows first: each piece is of its own rows
+    large = 0 in places and len(places) > 1 and tensor.numel() > _LARGE
+    return _in_format_of(tensor, (_cut_in_pieces if large else _cut_whole)(tensor.detach(), places))
+
+
+def _cut_whole(tensor: Tensor, places: Mapping[int, Tensor]) -> Tensor:
+    """Select positions along one dimension after the other."""
+    for dim, positions in places.items():
+        tensor = tensor.index_select(dim, positions)
+    return tensor
+
+
+def _cut_in_pieces(tensor: Tensor, places: Mapping[int, Tensor]) -> Tensor:
+    """Select positions row by row: what comes between takes no memory that has to be asked for."""
+    shape = [len(places[dim]) if dim in places else size for dim, size in enumerate(tensor.shape)]
+    whole, rows = tensor.new_empty(shape), max(_PIECE // tensor[0].numel(), 1)
+    for piece, positions in zip(whole.split(rows), places[0].split(rows), strict=True):
+        piece.copy_(_cut_whole(tensor, {**places, 0: positions}))
+    return whole
 
 
 def uncut_tensor(tensor: Tensor, kept: Mapping[int, Tensor], shape: Sequence[int]) -> Tensor:

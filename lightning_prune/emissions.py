@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, reduce
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -31,6 +31,9 @@ from lightning_prune.steps import Run, Seen, Step, numbers_read, seen_in
 from lightning_prune.taps import tap_weights
 
 log = logging.getLogger(__name__)
+
+_UNKNOWN = torch.full((1,), torch.nan, dtype=torch.float64)
+"""Values of which nothing is known."""
 
 _MOST = 2**25
 """So many values are carried at most; of more, only the means."""
@@ -53,6 +56,7 @@ class Emissions:
         self._known: dict[int, Emission] = {}
         self._root: dict[int, int] = {}
         self._place = 0
+        self._going: dict[int, Tensor] = {}
         self.readers: dict[int, list[int]] = {}
         self._read = [numbers_read(step) for step in run.steps]
         self._maker = {number: step for step in run.steps for number in step.results}
@@ -94,8 +98,12 @@ class Emissions:
         return self._tensors.get(value.origin) if isinstance(value, Seen) and isinstance(value.origin, str) else None
 
     def gone(self, labels: LabelArray | None) -> Tensor:
-        """Return the positions that go along a dimension."""
-        return torch.from_numpy(np.flatnonzero(self._fate.goes(labels)) if labels is not None else np.arange(0))
+        """Return the positions that go along a dimension of a tensor of the run."""
+        if labels is None:
+            return torch.arange(0)
+        if id(labels) not in self._going:  # the run keeps its labels, so that no others get their id
+            self._going[id(labels)] = torch.from_numpy(np.flatnonzero(self._fate.goes(labels)))
+        return self._going[id(labels)]
 
     def stay(self, labels: LabelArray | None, size: int) -> Tensor:
         """Return the positions that stay along a dimension of this size."""
@@ -176,8 +184,7 @@ class Emissions:
     ) -> Emission | None:
         """Do an operation with what is known; what meets something unknown is unknown, but for what it is times 0."""
         rank = len(step.outputs[0][0])
-        unknown = torch.full((1,), torch.nan, dtype=torch.float64)
-        parts = [unknown if part is None else compact(part.values) for part in operands]
+        parts = [_UNKNOWN if part is None else compact(part.values) for part in operands]
         parts = [part.reshape(len(part), *[1] * (rank + 1 - part.dim()), *part.shape[1:]) for part in parts]
         queue = list(parts)
 
@@ -189,11 +196,9 @@ class Emissions:
         out = op(*[filled(value) for value in step.args], **{key: filled(value) for key, value in step.kwargs.items()})
         if not isinstance(out, Tensor) or not out.is_floating_point():
             return None
-        blank = torch.stack(torch.broadcast_tensors(*[part.isnan() for part in parts])).any(0)
-        out = torch.where(blank, torch.nan, out)
+        out = torch.where(_any_of([part.isnan() for part in parts]), torch.nan, out)
         if op.overloadpacket is torch.ops.aten.mul:
-            zero = torch.stack(torch.broadcast_tensors(*[part == 0 for part in parts])).any(0)
-            out = torch.where(zero, 0.0, out)
+            out = torch.where(_any_of([part == 0 for part in parts]), 0.0, out)
         return Emission(out, sources).expanded(step.outputs[0][0])
 
     def move(self, step: Step, call: Call) -> list[Emission | None]:
@@ -223,10 +228,9 @@ class Emissions:
         nodes = max(len(part.values) for part in known)
         even = [other for other in range(rank) if other != dim and all(is_even(part.values, other) for part in known)]
         small = [1 if place in even else size for place, size in enumerate(shape)]
-        unknown = torch.tensor(torch.nan, dtype=torch.float64)
         pieces = []
         for part, was in zip(parts, step.inputs, strict=True):
-            values = unknown if part is None else compact(part.values, [place + 1 for place in even])
+            values = _UNKNOWN[0] if part is None else compact(part.values, [place + 1 for place in even])
             pieces.append(values.expand(nodes, *small[:dim], was[dim], *small[dim + 1 :]))
         sources = frozenset[int]().union(*(part.sources for part in known))
         return Emission(torch.cat(pieces, dim + 1), sources).expanded(shape)
@@ -274,20 +278,19 @@ class Emissions:
         rows = self.gone(made)
         if weight is None or weight.is_meta or call["transposed"] or not len(rows):
             return None
-        bias = self.of(call["bias"])
-        shift = torch.zeros(len(weight), dtype=torch.float64) if bias is None else bias.values[0]
         if call["groups"] == step.inputs[0][1] > 1:
             if source is None or not is_even(source.values, *range(2, source.values.dim() - 1)):
                 return None
             taps = tap_weights(call, step.inputs[0], tuple(weight.shape))
             kernel = weight.detach().flatten(1).to("cpu", torch.float64) @ taps
+            shift = self._shift(call["bias"], len(weight))
             inputs = compact(source.values).mean(1).flatten(1).repeat_interleave(len(weight) // call["groups"], 1)
             emitted, sources = inputs * kernel + shift, source.sources
         else:
-            dead, sources = _dead_rows(weight.detach().flatten(1), shift, rows), frozenset[int]()
-            if dead is None:
+            dead, sources = _dead_rows(weight.detach().flatten(1), rows), frozenset[int]()
+            if not len(dead):
                 return None
-            emitted = dead
+            emitted = _at(dead, self._shift(call["bias"], len(weight)))
         return Emission(emitted.view(len(emitted), 1, -1, *[1] * (len(shape) - 2)), sources).expanded(shape)
 
     def linear(self, step: Step, call: Call) -> Emission | None:
@@ -298,10 +301,17 @@ class Emissions:
             return None
         name, transposed = place
         weight = self._tensors[name].detach()
-        bias = self.of(call.get("self")) if step.op.overloadpacket is torch.ops.aten.addmm else None
-        shift = torch.zeros(step.outputs[0][0][-1], dtype=torch.float64) if bias is None else bias.values[0]
-        emitted = _dead_rows(weight if transposed else weight.t(), shift, rows)
-        return None if emitted is None else Emission(emitted.view(1, 1, -1)).expanded(step.outputs[0][0])
+        dead = _dead_rows(weight if transposed else weight.t(), rows)
+        if not len(dead):
+            return None
+        bias = call.get("self") if step.op.overloadpacket is torch.ops.aten.addmm else None
+        emitted = _at(dead, self._shift(bias, step.outputs[0][0][-1]))
+        return Emission(emitted.view(1, 1, -1)).expanded(step.outputs[0][0])
+
+    def _shift(self, bias: object, size: int) -> Tensor:
+        """Return what a layer adds to each of its channels."""
+        found = self.of(bias)
+        return torch.zeros(size, dtype=torch.float64) if found is None else found.values[0]
 
     def weight_of(self, step: Step) -> tuple[str, bool] | None:
         """Return the name of the matrix that a product's right factor is, and whether it is stored (out, in)."""
@@ -318,15 +328,25 @@ class Emissions:
         return None if tensor is None or tensor.is_meta or tensor.dim() != 2 else (str(right.origin), transposed)
 
 
-def _dead_rows(weight: Tensor, shift: Tensor, rows: Tensor) -> Tensor | None:
-    """Return the shift of those rows of a matrix (out, in) that hold only zeros, NaN for others; None without any."""
-    emitted = torch.full_like(shift, torch.nan)
-    rows = rows[(weight[rows.to(weight.device), 0] == 0).cpu()]
-    if not len(rows):
-        return None
-    dead = rows[~weight[rows.to(weight.device)].any(1).cpu()]
-    emitted[dead] = shift[dead]
-    return emitted.unsqueeze(0) if len(dead) else None
+def _any_of(masks: Sequence[Tensor]) -> Tensor:
+    """Tell where one of several masks that broadcast holds."""
+    return reduce(torch.logical_or, masks)
+
+
+def _dead_rows(weight: Tensor, rows: Tensor) -> Tensor:
+    """Return those of some rows of a matrix (out, in) that hold only zeros."""
+    suspects = (weight[:, 0] == 0).cpu()[rows]
+    if suspects.any():
+        rows = rows[suspects]
+        return rows[~weight[rows.to(weight.device)].any(1).cpu()]
+    return rows[:0]
+
+
+def _at(places: Tensor, values: Tensor) -> Tensor:
+    """Return one node with some of the values, NaN for others."""
+    emitted = torch.full_like(values, torch.nan)
+    emitted[places] = values[places]
+    return emitted.unsqueeze(0)
 
 
 def _functional(op: OpOverload) -> OpOverload | None:

@@ -282,11 +282,9 @@ def _signatures(
 
 def _made_order(flow: Flow, roots: LabelArray) -> LabelArray:
     """Return for every root when it was first made, counted in makings, or -1."""
-    never = len(flow.made)
-    first = np.full(len(roots), never)
-    for moment, labels in enumerate(flow.made):
-        np.minimum.at(first, roots[labels], moment)
-    first[first == never] = -1
+    first = np.full(len(roots), -1)
+    for moment, labels in reversed(list(enumerate(flow.made))):
+        first[roots[labels]] = moment
     return first
 
 
@@ -325,9 +323,10 @@ def _named(found: Sequence[tuple[int, LabelArray, str | None]], flow: Flow, inde
 def _maker_places(flow: Flow, index: _Index) -> dict[int, list[int]]:
     """Return for each making the tensor dimensions whose own labels it passed on."""
     count = len(index.tensor_dim)
+    places = (index.tensor_dim[labels[labels < count]] for labels in flow.made)
     return {
-        moment: list(dict.fromkeys(index.tensor_dim[labels[labels < count]].tolist()))
-        for moment, labels in enumerate(flow.made)
+        moment: list(dict.fromkeys(part[np.flatnonzero(np.diff(part, prepend=-1))].tolist()))
+        for moment, part in enumerate(places)
     }
 
 

@@ -29,6 +29,7 @@ class LabelSpace:
         self._size = size
         self._ties: list[tuple[LabelArray, LabelArray]] = []
         self._frozen: list[tuple[LabelArray, str]] = []
+        self._flat: LabelArray | None = None  # the roots, until something is made or tied
         self.allocations: list[tuple[int, int]] = []
         self.decisions: list[tuple[int, ...]] = []
 
@@ -36,6 +37,7 @@ class LabelSpace:
         """Make `count` labels that nothing else carries yet."""
         self.allocations.append((self._size, count))
         self._size += count
+        self._flat = None
         return np.arange(self._size - count, self._size)
 
     def decide(self, compute: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
@@ -47,19 +49,19 @@ class LabelSpace:
         """Say that the labels live or die together, element by element (arrays broadcast)."""
         if left is not right:
             self._ties.append((left, right))
+            self._flat = None
 
     def freeze(self, labels: LabelArray, reason: str) -> None:
         """Say that the labels must live; the first reason given is the one that is kept."""
         self._frozen.append((labels, reason))
 
     def roots(self) -> LabelArray:
-        """Return for every label the smallest label that it is tied to."""
-        self._resolve()
-        flat = self._parent[: self._size]
-        while not np.array_equal(shorter := flat[flat], flat):
-            flat = shorter
-        self._parent[: self._size] = shorter
-        return shorter
+        """Return for every label the smallest label that it is tied to; not to be written to."""
+        if self._flat is None:
+            self._resolve()
+            self._flat = _shortened(self._parent[: self._size])
+            self._parent[: self._size] = self._flat
+        return self._flat
 
     def roots_of(self, labels: LabelArray) -> LabelArray:
         """Return for some labels the smallest label that each is tied to; what else there is costs nothing."""
@@ -76,8 +78,13 @@ class LabelSpace:
         pairs = [np.broadcast_arrays(left, right) for left, right in self._ties]
         self._ties.clear()
         left, right = (np.concatenate([pair[side].ravel() for pair in pairs]) for side in (0, 1))
+        many = len(left) > self._size // 2
         while len(left):
-            left, right = np.split(self._up(np.concatenate([left, right])), 2)
+            if many:
+                self._parent = _shortened(self._parent)
+                left, right = self._parent[left], self._parent[right]
+            else:
+                left, right = np.split(self._up(np.concatenate([left, right])), 2)
             apart = left != right
             left, right = left[apart], right[apart]
             np.minimum.at(self._parent, np.maximum(left, right), np.minimum(left, right))
@@ -94,8 +101,14 @@ class LabelSpace:
         roots = self.roots()
         texts = list(dict.fromkeys(reason for _, reason in self._frozen))
         rank = {reason: index for index, reason in enumerate(texts)}
-        first = np.full(len(roots), len(texts))
-        for labels, reason in self._frozen:
-            np.minimum.at(first, roots[labels], rank[reason])
-        first[first == len(texts)] = -1
+        first = np.full(len(roots), -1)
+        for labels, reason in sorted(self._frozen, key=lambda item: -rank[item[1]]):  # what is set last stays
+            first[roots[labels]] = rank[reason]
         return first[roots], texts
+
+
+def _shortened(parent: LabelArray) -> LabelArray:
+    """Return an array of its own in which all labels point to their roots."""
+    while not np.array_equal(shorter := parent[parent], parent):
+        parent = shorter
+    return shorter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
@@ -40,25 +41,36 @@ def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device="meta")
 
 
+_OWN = (Tensor, torch.nn.Parameter)
+"""The classes of torch's own tensors; others may answer in their own way."""
+
+
 def _plain(*tensors: Tensor | None) -> bool:
     """Tell whether all tensors that are there are contiguous floats of one type."""
     there = [tensor for tensor in tensors if tensor is not None]
     kind = there[0].dtype
     return kind.is_floating_point and all(
-        type(tensor) in (Tensor, torch.nn.Parameter) and tensor.dtype is kind and tensor.is_contiguous()
-        for tensor in there
+        type(tensor) in _OWN and tensor.dtype is kind and tensor.is_contiguous() for tensor in there
     )
 
 
 def _in_the_order_of(source: Tensor) -> Tensor | None:
-    """Return a dense tensor whose dimensions lie in memory in the order of another one's, if that is clear."""
-    strides = source.stride()
-    if 1 in source.shape or 0 in (*source.shape, *strides) or len(set(strides)) < len(strides):
+    """Return a dense tensor whose dimensions lie in memory in the order of another one's, if that is clear.
+
+    Where a dimension of size 1 lies makes no difference.
+    """
+    strides, long = source.stride(), _strides(source)
+    if 0 in (*source.shape, *long) or len(set(long)) < len(long):
         return None
     dense, step = [0] * source.dim(), 1
     for dim in sorted(range(source.dim()), key=strides.__getitem__):
         dense[dim], step = step, step * source.shape[dim]
     return torch.empty_strided(source.shape, dense, dtype=source.dtype, device="meta")
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """List the strides of the dimensions that have several positions."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
 @_quick(aten.convolution.default)
@@ -118,12 +130,19 @@ def _layer_norm(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     outer = source.dim() - len(shape)
     held = [tensor for tensor in (weight, bias) if tensor is not None]
-    if not _plain(source, *held) or any(
-        tuple(part) != tuple(shape) for part in (source.shape[outer:], *(tensor.shape for tensor in held))
-    ):
+    if any(tuple(part) != tuple(shape) for part in (source.shape[outer:], *(tensor.shape for tensor in held))):
+        return None
+    if not _plain(source, *held) and not (_straightens() and _plain(_empty(source, source.shape), *held)):
         return None
     statistics = (*source.shape[:outer], *[1] * len(shape))
     return _empty(source, source.shape), _empty(source, statistics), _empty(source, statistics)
+
+
+@cache
+def _straightens() -> bool:
+    """Tell whether a layer norm returns a contiguous tensor for any other; on old versions of torch it does not."""
+    turned = torch.empty(2, 3, 4, device="meta").mT
+    return bool(aten.native_layer_norm.default(turned, [3], None, None, 1e-5)[0].is_contiguous())
 
 
 @_quick(aten.native_group_norm.default)
@@ -148,6 +167,13 @@ def _mm(left: Tensor, right: Tensor) -> Any:
     if left.dtype is not right.dtype or left.shape[1] != right.shape[0]:
         return None
     return _empty(left, (left.shape[0], right.shape[1]))
+
+
+@_quick(aten.bmm.default)
+def _bmm(left: Tensor, right: Tensor) -> Any:
+    if left.dtype is not right.dtype or left.shape[0] != right.shape[0] or left.shape[2] != right.shape[1]:
+        return None
+    return _empty(left, (*left.shape[:2], right.shape[2]))
 
 
 @_quick(aten.addmm.default)
@@ -195,11 +221,27 @@ def _with_number(source: Tensor, number: object, *settings: object) -> Any:
 def _with_tensor(left: Tensor, right: object, **scale: object) -> Any:
     if not isinstance(right, Tensor):
         return _with_number(left, right)
-    if not right.is_meta or not left.is_meta or not _plain(left, right):
-        return None
     wide, narrow = (left, right) if (left.dim(), left.numel()) >= (right.dim(), right.numel()) else (right, left)
-    fits = zip(wide.shape[wide.dim() - narrow.dim() :], narrow.shape, strict=True)
-    return _empty(wide, wide.shape) if all(small in (1, size) for size, small in fits) else None
+    if not _is_spread(narrow, wide):
+        return None
+    if wide.is_contiguous():
+        return _empty(wide, wide.shape)
+    clear = sum(size > 1 for size in narrow.shape) < 2 and len(set(wide.stride())) == wide.dim()
+    out = _in_the_order_of(wide) if clear else None
+    return out if out is not None and _strides(out) == _strides(wide) else None
+
+
+def _is_spread(narrow: Tensor, wide: Tensor) -> bool:
+    """Tell whether a contiguous tensor broadcasts to the shape of another float tensor, both without memory."""
+    if not (narrow.is_meta and wide.is_meta and narrow.dtype is wide.dtype and _plain(narrow)):
+        return False
+    fits = zip(reversed(narrow.shape), reversed(wide.shape), strict=False)
+    return type(wide) in _OWN and narrow.dim() <= wide.dim() and all(small in (1, size) for small, size in fits)
+
+
+@_quick(*_overloads("mul_ add_ sub_ div_", "Tensor"))
+def _in_place_with_tensor(left: Tensor, right: object, **scale: object) -> Any:
+    return left if isinstance(right, Tensor) and 0 not in left.stride() and _is_spread(right, left) else None
 
 
 @_quick(*_overloads("mean sum", "dim"), *_overloads("sum", "dim_IntList"))

@@ -11,6 +11,7 @@ from torch.optim import LBFGS, Optimizer
 from lightning_prune.cut import Cut, cut_tensor
 from lightning_prune.errors import PruningError
 from lightning_prune.surgery import Undo
+from lightning_prune.tensors import named_parameters
 
 
 def rebuild(optimizer: Optimizer, model: nn.Module, cut: Cut) -> Undo:
@@ -31,7 +32,8 @@ def rebuild(optimizer: Optimizer, model: nn.Module, cut: Cut) -> Undo:
     Returns:
         What takes it back.
     """
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters() if name in cut.kept}
+    named = named_parameters(model).items()
+    names: dict[Tensor, str] = {parameter: name for name, parameter in named if name in cut.kept}
     before = {parameter: dict(state) for parameter, state in optimizer.state.items()}
     held = [list(group["params"]) for group in optimizer.param_groups]
 
@@ -125,7 +127,7 @@ def check(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
         PruningError: A parameter is foreign, a state tensor has another shape than its parameter, or the state is
             spread over processes.
     """
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names = {parameter: name for name, parameter in named_parameters(model).items()}
     for optimizer in optimizers:
         if type(optimizer).__name__ in _SPREAD:
             raise PruningError(

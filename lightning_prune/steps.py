@@ -57,8 +57,7 @@ class Seen(NamedTuple):
     strides: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One operation of a run.
 
     Attributes:

@@ -33,6 +33,19 @@ class TestUnionFind:
         space.tie(labels(4), labels(2))
         assert space.roots().tolist() == [0, 1, 1, 1, 1, 5]
 
+    def test_what_is_tied_or_made_later_changes_later_answers_only(self) -> None:
+        space = LabelSpace(6)
+        space.tie(labels(1, 3), labels(2, 4))
+        first, again = space.roots(), space.roots()
+        space.tie(labels(4), labels(2))
+        second = space.roots()
+        space.fresh(2)
+        third = space.roots()
+        assert first.tolist() == again.tolist() == [0, 1, 1, 3, 3, 5]
+        assert second.tolist() == [0, 1, 1, 1, 1, 5]
+        assert third.tolist() == [0, 1, 1, 1, 1, 5, 6, 7]
+        assert space.roots_of(labels(4, 7)).tolist() == [1, 7]
+
     def test_a_long_chain_in_the_worst_order(self) -> None:
         space = LabelSpace(1000)
         space.tie(np.arange(999, 0, -1), np.arange(998, -1, -1))

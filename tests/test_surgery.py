@@ -12,6 +12,7 @@ from proof import Net, outputs, randomise, relative_error, same_state, snapshot
 from torch import Tensor, nn
 
 from lightning_prune import PruneRecord, find_groups, history, history_of, prune, pruner, surgery
+from lightning_prune.cut import cut_tensor
 from lightning_prune.errors import PruningError, ScoreError, SurgeryError
 from lightning_prune.graph import read
 from lightning_prune.sizes import stale_sizes
@@ -101,6 +102,24 @@ class TestCut:
         assert weight.is_contiguous(memory_format=torch.channels_last)
         assert not weight.is_contiguous()
         assert all(parameter.is_contiguous() for parameter in images().parameters())
+
+    @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+    @pytest.mark.parametrize("shape", [(9, 5, 3, 3), (9, 5), (4, 8, 2)])
+    def test_a_large_tensor_is_cut_as_any_other(
+        self, shape: tuple[int, ...], order: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tensor = torch.randn(shape, requires_grad=True)
+        tensors = [tensor, tensor.to(memory_format=torch.channels_last)] if len(shape) == 4 else [tensor]
+        positions = {0: torch.tensor([0, 2, 3]), 1: torch.tensor([1, 4])}
+        kept = {dim: positions[dim] for dim in order}
+        small = [cut_tensor(whole, kept) for whole in tensors]
+        monkeypatch.setattr("lightning_prune.cut._LARGE", 10)
+        monkeypatch.setattr("lightning_prune.cut._PIECE", 2 * tensor[0].numel())
+        for whole, expected in zip(tensors, small, strict=True):
+            found = cut_tensor(whole, kept)
+            assert torch.equal(found, expected)
+            assert found.stride() == expected.stride()
+            assert not found.requires_grad
 
     @pytest.mark.parametrize("ratio", [0.0, 0.01])
     def test_nothing_to_remove_leaves_all_bits(self, ratio: float) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -37,17 +37,17 @@ class Call:
         args: Positional arguments.
         kwargs: Keyword arguments.
         out: What it returned.
-        tensors: All tensors that go in, those in lists included.
     """
 
     op: OpOverload
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     out: Any
-    tensors: list[Tensor] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "tensors", flat_tensors((*self.args, *self.kwargs.values())))
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        """All tensors that go in, those in lists included."""
+        return flat_tensors((*self.args, *self.kwargs.values()))
 
     def __getitem__(self, name: str) -> Any:
         """Return the argument that the operation's schema calls `name`, defaults included."""

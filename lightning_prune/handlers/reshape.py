@@ -32,6 +32,10 @@ def reshape(flow: Flow, source: Tensor, out: Tensor, where: str) -> list[LabelAr
     labels = flow.of(source)
     result: list[LabelArray | None] = [None] * out.dim()
     old, new = flow.dense_shape(source), flow.dense_shape(out)
+    if (pairs := _pairs(old, new, source.shape, out.shape)) is not None:
+        for old_dim, new_dim in pairs:
+            result[new_dim] = labels[old_dim]
+        return result
     for old_dims, new_dims in _blocks(old, new):
         if all(labels[dim] is None for dim in old_dims):
             continue
@@ -49,6 +53,21 @@ def reshape(flow: Flow, source: Tensor, out: Tensor, where: str) -> list[LabelAr
     return result
 
 
+def _pairs(
+    old: Sequence[int], new: Sequence[int], old_now: Sequence[int], new_now: Sequence[int]
+) -> list[tuple[int, int]] | None:
+    """Return the old and the new dimensions in pairs, where sizes of 1 come and go and nothing else changes."""
+    lefts, rights = _long(old), _long(new)
+    if [(old[dim], old_now[dim]) for dim in lefts] != [(new[dim], new_now[dim]) for dim in rights] or 0 in old:
+        return None
+    return list(zip(lefts, rights, strict=True))
+
+
+def _long(shape: Sequence[int]) -> list[int]:
+    """List the dimensions of several positions."""
+    return [dim for dim, size in enumerate(shape) if size > 1]
+
+
 def _of(factors: Sequence[_Factor], *, old_dim: int | None = None, new_dim: int | None = None) -> list[_Factor]:
     return [factor for factor in factors if old_dim in (None, factor.old_dim) and new_dim in (None, factor.new_dim)]
 
@@ -57,8 +76,7 @@ def _blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[list[int],
     """Yield the shortest runs of dimensions that hold the same elements; sizes of 1 belong to none."""
     if 0 in old:
         return
-    lefts = [dim for dim, size in enumerate(old) if size > 1]
-    rights = [dim for dim, size in enumerate(new) if size > 1]
+    lefts, rights = _long(old), _long(new)
     while lefts:
         block, image = [lefts.pop(0)], [rights.pop(0)]
         while (have := prod(old[dim] for dim in block)) != (want := prod(new[dim] for dim in image)):
