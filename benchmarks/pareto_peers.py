@@ -71,6 +71,7 @@ class Sparse(pl.Callback):
         """Cut, and point the optimizer at what is left; momentum is lost."""
         if trainer.current_epoch == 1:
             self.cut(pl_module.net)  # type: ignore[arg-type]
+            pl_module.train()  # Torch-Pruning leaves the net in eval mode
             optimizer = trainer.optimizers[0]
             optimizer.state.clear()
             optimizer.param_groups[0]["params"] = list(pl_module.parameters())

@@ -45,6 +45,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         if dense is not None and dense.runs:
             panel.axhline(dense.mean, color="black", linewidth=0.8, linestyle=":", label="dense, before")
         panel.set(title=task, xlabel="MACs left, %", ylabel="test accuracy, %")
+        lines = [accuracy for points in best.values() for accuracy in points.values()]
+        if lines:  # what collapses would press all others together
+            panel.set_ylim(bottom=min(lines) - 1.5 * (max(lines) - min(lines)) - 0.1)
         panel.grid(alpha=0.25)
     panels[0][0].legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=150)
