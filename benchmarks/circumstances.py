@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import quantiles
 from typing import Any
 
 import torch
@@ -54,20 +53,6 @@ def noted(out: Path) -> list[dict[str, Any]]:
     """The results in a file, in the order in which they came; a last line that was cut short is left out."""
     lines = out.read_text(encoding="utf-8").splitlines(keepends=True) if out.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; all columns but the first stand on the right."""
-    head = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in head)
-
-
-def middle(values: Sequence[float], form: str = ".2f") -> str:
-    """Median and quartiles, as text."""
-    if len(values) < 2:
-        return format(values[0], form) if values else ""
-    low, median, high = quantiles(values, n=4, method="inclusive")
-    return f"{median:{form}} ({low:{form}} to {high:{form}})"
 
 
 def _commit() -> str:

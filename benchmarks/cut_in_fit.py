@@ -24,6 +24,7 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 import torchvision
+from memory import forget_peak, peak, resident
 from torch import Tensor
 from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader, TensorDataset
@@ -71,17 +72,12 @@ class Measured(MagnitudePruneCallback):
             self.training = now - self.began
             gc.collect()
             ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-            before, start = _resident("VmRSS"), time.perf_counter()
+            forget_peak()
+            before, start = resident(), time.perf_counter()
             super().on_train_epoch_start(trainer, pl_module)
             self.event = time.perf_counter() - start
-            self.memory = _resident("VmHWM") - before
+            self.memory = peak() - before
         self.began = time.perf_counter()
-
-
-def _resident(which: str) -> float:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(which))
 
 
 def measured(name: str, optimizer: str) -> dict[str, float]:

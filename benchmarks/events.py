@@ -1,6 +1,6 @@
 """What a prune event costs in the middle of a fit: score, plan, cut and optimizer, beside Torch-Pruning's.
 
-    python benchmarks/events.py [model ...] [--repeats 5] [--limit 120] [--out events.json] [--table]
+    python benchmarks/events.py [model ...] [--repeats 5] [--limit 120] [--out events.jsonl] [--table]
 
 Half of the channels of every layer but the last goes in two events, 25 % each, by magnitude, on one thread. Ours is all
 that `MagnitudePruneCallback` does at an event of a fit with SGD and momentum: it reads the model anew, scores, plans,
@@ -17,19 +17,19 @@ seconds, the row says so. Models that the file has already are not measured agai
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from circumstances import circumstances, installed, markdown
+from apart import ChildError, printed
+from circumstances import circumstances, installed, note, noted
 from events_one import EVENTS
+from layout import markdown
 
 HERE = Path(__file__).resolve().parent
+SCRIPT = HERE / "events_one.py"
 MODELS = (
     *("resnet18", "resnet50", "vgg16_bn", "densenet121", "mobilenet_v2"),
     *("convnext_tiny", "vit_b_16", "swin_t"),
@@ -40,27 +40,6 @@ TARGET = 0.5
 Row = dict[str, Any]
 
 
-class ChildError(Exception):
-    """A child process has failed, or has not ended in time."""
-
-
-def child(arguments: Sequence[str], limit: float | None = None) -> Any:
-    """Run `events_one.py`, and return what it prints.
-
-    Raises:
-        ChildError: It fails, or does not end in time.
-    """
-    command = [sys.executable, str(HERE / "events_one.py"), *arguments]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
-    except subprocess.TimeoutExpired:
-        raise ChildError(f"does not end in {limit:.0f} s") from None
-    if said.returncode:
-        lines = said.stderr.strip().splitlines()
-        raise ChildError(lines[-1] if lines else f"exit status {said.returncode}")
-    return json.loads(said.stdout.splitlines()[-1])
-
-
 def measured(name: str, repeats: int, limit: float) -> Row:
     """Measure one model; what goes wrong stands in its row."""
     row: Row = {"model": name}
@@ -69,12 +48,12 @@ def measured(name: str, repeats: int, limit: float) -> Row:
         row["skipped"] = "torch-pruning is not installed"
     else:
         try:
-            child([name, "--repeats", "1", "--ways", "peer"], limit)
+            printed(SCRIPT, [name, "--repeats", "1", "--ways", "peer"], limit)
             ways.append("peer")
         except ChildError as error:
             row["peer"] = str(error)
     try:
-        row["runs"] = child([name, "--repeats", str(repeats), "--ways", *ways])
+        row["runs"] = printed(SCRIPT, [name, "--repeats", str(repeats), "--ways", *ways])
     except ChildError as error:
         row["error"] = str(error)
     return row
@@ -118,9 +97,8 @@ def _told(figure: float | None) -> str:
     return "" if figure is None else f"{figure:.2f}"
 
 
-def table(results: Mapping[str, Any]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """Return the rows as Markdown, and the medians against what is aimed at."""
-    rows = list(results["rows"])
     header = [
         *("model", "first event, ms", "Torch-Pruning", "ratio", "following event, ms", "Torch-Pruning", "ratio"),
         *("both, ratio", "without verification", "constants dropped"),
@@ -135,7 +113,7 @@ def table(results: Mapping[str, Any]) -> str:
                 f"most {TARGET} is aimed at: {met}"
             )
     failures = [f"Torch-Pruning, {row['model']}: {row['peer']}" for row in rows if "peer" in row]
-    return "\n\n".join([said[0], *said[1:], *failures])
+    return "\n\n".join([*said, *failures])
 
 
 def main() -> None:
@@ -144,31 +122,23 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=MODELS)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--limit", type=float, default=120)
-    parser.add_argument("--out", type=Path, default=HERE / "events.json")
+    parser.add_argument("--out", type=Path, default=HERE / "events.jsonl")
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if not given.table:
         measure(given)
-    print(table(json.loads(given.out.read_text(encoding="utf-8"))))
+    print(table(noted(given.out)))
 
 
 def measure(given: argparse.Namespace) -> None:
     """Measure the models that the file does not have yet."""
-    results: dict[str, Any] = {
-        "command": f"python benchmarks/events.py --repeats {given.repeats} --limit {given.limit:.0f}",
-        "circumstances": circumstances(),
-        "settings": {"repeats": given.repeats, "limit": given.limit, "events": list(EVENTS)},
-        "rows": [],
-    }
-    if given.out.exists():
-        results["rows"] = json.loads(given.out.read_text(encoding="utf-8"))["rows"]
-    known = {row["model"] for row in results["rows"]}
+    known = {row["model"] for row in noted(given.out)}
     for name in given.models:
         if name not in known:
-            results["rows"].append(measured(name, given.repeats, given.limit))
-            given.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
-            print(*_line(results["rows"][-1]), flush=True)
+            row = measured(name, given.repeats, given.limit)
+            note(given.out, {**row, **circumstances()})
+            print(*_line(row), flush=True)
 
 
 if __name__ == "__main__":

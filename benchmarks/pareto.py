@@ -6,15 +6,14 @@
 For each seed one dense net is trained for each task; every method starts from it, trains `BUDGET` epochs with the same
 optimizer, LR at every step and order of images, and is asked for 30, 50, 70 and 85 % fewer MACs. What is told is the
 accuracy on all official test images. Each cell runs in a process of its own, on one thread, and is written down as it
-ends: started again, the benchmark goes on where it stopped, and tries again what failed. All cells take under two hours
-on two cores; `--quick` (seed 0, two tasks, 50 and 85 %) takes under 15 minutes.
+ends: started again, the benchmark goes on where it stopped, and tries again what failed. `--quick` measures seed 0, two
+tasks, 50 and 85 %.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import multiprocessing as mp
 import os
 import sys
 import time
@@ -26,12 +25,15 @@ from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from apart import sent
 from circumstances import circumstances, note, noted
+from memory import peak, resident
 from pareto_picture import draw
 from pareto_table import table
 from pareto_tasks import SEEDS, TARGETS, TASKS, Bench, Job
 from pareto_ways import WAYS
 
+HERE = Path(__file__).resolve().parent
 Key = tuple[str, int, float, str]
 PRELOADED = ["torch", "torchvision", "lightning", "lightning_prune.callbacks", "lightning_prune.workbench"]
 """Imported once, in the server that the processes of the cells are forked from."""
@@ -91,21 +93,8 @@ def _in_a_process(cell: Key, asked: Run) -> dict[str, object]:
     row: dict[str, object] = dict(zip(("task", "seed", "target", "way"), cell, strict=True))
     if cell[3] in WAYS and (reason := WAYS[cell[3]].skipped(cell[0])):
         return {**row, "skipped": reason, **circumstances()}
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(theirs, cell, asked.data, asked.cache), daemon=True)
-    process.start()
-    theirs.close()
-    result: dict[str, object] = {"failed": f"took more than {asked.limit:.0f} s"}
-    try:
-        if ours.poll(asked.limit):
-            result = ours.recv()
-    except EOFError:
-        process.join()
-        result = {"failed": f"died with exit code {process.exitcode}"}
-    process.kill()
-    return {**row, **result, **circumstances()}
+    found, stopped = sent(_child, (cell, asked.data, asked.cache), asked.limit, PRELOADED)
+    return {**row, **(found or {"failed": stopped}), **circumstances()}
 
 
 def _child(connection: Connection, cell: Key, data: Path, cache: Path) -> None:
@@ -128,17 +117,11 @@ def measure(cell: Key, bench: Bench) -> dict[str, object]:
     job = Job(bench, TASKS[task], seed, target)
     bench.images(job.task, seed, job.task.more)
     pl.seed_everything(seed, verbose=False)
-    before, start = resident("VmRSS"), time.process_time()
+    before, start = resident(), time.process_time()
     net = bench.dense(job.task, seed) if way == "dense" else WAYS[way].run(job)
     seconds = time.process_time() - start
-    memory = max(resident("VmHWM") - before, 0.0)
+    memory = max(peak() - before, 0.0)
     return {**job.measure(net), "seconds": seconds, "MiB": memory}
-
-
-def resident(which: str) -> float:
-    """MiB of this process: VmRSS now, VmHWM at the most."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(which))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -152,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--workers", type=int, default=2, help="cells at a time, each on one thread")
     parser.add_argument("--limit", type=float, default=1200, help="seconds that a cell may take")
-    parser.add_argument("--out", type=Path, default=Path("pareto.jsonl"))
+    parser.add_argument("--out", type=Path, default=HERE / "pareto.jsonl")
     parser.add_argument("--cache", type=Path, default=Path("papers_cache"), help="folder of trained dense weights")
     parser.add_argument("--table", action="store_true", help="measure nothing")
     parser.add_argument("--picture", type=Path, help="where the picture is written, .png or .svg")

@@ -9,7 +9,7 @@ from pareto_tasks import Job
 from torch import nn
 
 from lightning_prune import prune
-from lightning_prune.allocation import ByCost, Global
+from lightning_prune.allocation import Allocation, Global
 from lightning_prune.callbacks import (
     BNSlimmingCallback,
     FisherPruneCallback,
@@ -51,48 +51,17 @@ def random(job: Job) -> pl.Callback:
     return PruneCallback(job.target, of="macs", criterion=Random(), begin=0)
 
 
-def taylor(job: Job) -> pl.Callback:
-    """In five events over the first third, by the gradients since the last one."""
-    every, begin = _early(job)
+def taylor(job: Job, allocation: Allocation | None = None) -> pl.Callback:
+    """In five events over the first third, by the gradients since the last one; over all layers, if nothing is said."""
+    allocation = allocation or Global()
     return PruneCallback(
-        job.target,
-        of="macs",
-        criterion=Taylor(),
-        allocation=Global(),
-        schedule=cubic,
-        begin=begin,
-        end=begin + 5 * every,
-        every_n_steps=every,
+        job.target, of="macs", criterion=Taylor(), allocation=allocation, schedule=cubic, **_over_the_first_third(job)
     )
 
 
-def fisher(job: Job) -> pl.Callback:
+def fisher(job: Job, allocation: Allocation | None = None) -> pl.Callback:
     """The same by Fisher information."""
-    every, begin = _early(job)
-    return FisherPruneCallback(job.target, of="macs", begin=begin, end=begin + 5 * every, every_n_steps=every)
-
-
-def fisher_by_cost(job: Job) -> pl.Callback:
-    """The same, weighed against the MACs that a channel costs."""
-    every, begin = _early(job)
-    return FisherPruneCallback(
-        job.target, of="macs", allocation=ByCost(), begin=begin, end=begin + 5 * every, every_n_steps=every
-    )
-
-
-def taylor_by_cost(job: Job) -> pl.Callback:
-    """As Fisher by cost, with the scores of Taylor."""
-    every, begin = _early(job)
-    return PruneCallback(
-        job.target,
-        of="macs",
-        criterion=Taylor(),
-        allocation=ByCost(),
-        schedule=cubic,
-        begin=begin,
-        end=begin + 5 * every,
-        every_n_steps=every,
-    )
+    return FisherPruneCallback(job.target, of="macs", allocation=allocation, **_over_the_first_third(job))
 
 
 def slimming(job: Job) -> pl.Callback:
@@ -105,20 +74,15 @@ def l0(job: Job) -> pl.Callback:
     return L0PruneCallback(job.target, of="macs", begin=2, end=2)
 
 
-def lasso(job: Job) -> pl.Callback:
+def lasso(job: Job, allocation: Allocation | None = None) -> pl.Callback:
     """Before the first step, each layer refitted."""
-    return LassoPruneCallback(job.target, of="macs")
+    return LassoPruneCallback(job.target, of="macs", allocation=allocation)
 
 
-def lasso_by_cost(job: Job) -> pl.Callback:
-    """The same, with as much error for each MAC saved everywhere."""
-    return LassoPruneCallback(job.target, of="macs", allocation=ByCost())
-
-
-def _early(job: Job) -> tuple[int, int]:
-    """Steps between five events and before the first, in the first third of the budget."""
+def _over_the_first_third(job: Job) -> dict[str, int]:
+    """When five events are to happen, with as many steps before the first as between two."""
     every = max(job.steps // 18, 1)
-    return every, every
+    return {"begin": every, "end": 6 * every, "every_n_steps": every}
 
 
 def way(made: Made) -> Callable[[Job], nn.Module]:

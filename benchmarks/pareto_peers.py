@@ -110,13 +110,15 @@ def kirigami(job: Job, *, taylor: bool = False) -> nn.Module:
     net = job.dense().train()
     if taylor:
         accumulate(net, job)
-    ratio = least_ratio(partial(removed, job, net, partial(_fold, job=job, taylor=taylor)), job.target, steps=5)
-    _fold(net, ratio, job=job, taylor=taylor)
+    ratio = least_ratio(partial(removed, job, net, partial(_cut_axes, job=job, taylor=taylor)), job.target, steps=5)
+    _cut_axes(net, ratio, job=job, taylor=taylor)
     net.zero_grad(set_to_none=True)
     return job.train(net)
 
 
-def _fold(net: nn.Module, ratio: float, *, job: Job, taylor: bool) -> None:
+def _cut_axes(net: nn.Module, ratio: float, *, job: Job, taylor: bool) -> None:
+    """Take the same share of every axis, in one plan."""
+    from kirigami import channel_axes
     from torch_kirigami import DependencyGraph
     from torch_kirigami.pruning import Pruner
 
@@ -124,9 +126,8 @@ def _fold(net: nn.Module, ratio: float, *, job: Job, taylor: bool) -> None:
     graph = DependencyGraph.build(net.eval(), args=(job.example,))
     pruner = Pruner(net, graph=graph)
     tensors = dict(net.named_parameters())
-    candidates = [domain.axis for operation in graph.operations() for domain in _domains(graph, operation)]
     going, seen = [], set[tuple[str, int]]()
-    for axis in dict.fromkeys(candidates):
+    for axis in channel_axes(graph):
         if (axis.tensor.paths[0], axis.dim) in seen:
             continue
         size = axis.tensor.shape[axis.dim]
@@ -136,18 +137,12 @@ def _fold(net: nn.Module, ratio: float, *, job: Job, taylor: bool) -> None:
             continue
         coupled = list(_alike(impact, size))
         seen.update(coupled)
-        scores = sum(_score(tensors[path], dim, taylor=taylor) for path, dim in coupled)
-        assert isinstance(scores, Tensor)
+        scores = torch.stack([_score(tensors[path], dim, taylor=taylor) for path, dim in coupled]).sum(0)
         least = scores.argsort()[: min(int(ratio * size), size - 1)].tolist()
         if least:
             going.append(axis.select(sorted(least)))
     pruner.apply(pruner.plan_remove(going))
     net.train(mode)
-
-
-def _domains(graph: Any, operation: Any) -> Any:
-    known = graph.operator_spec(operation)
-    return () if known is None else known.candidates
 
 
 def _alike(impact: Any, size: int) -> Iterator[tuple[str, int]]:
@@ -168,7 +163,7 @@ def model_pruning(job: Job) -> nn.Module:
     """Lightning's own callback: masks whole channels after the first epoch, by norm; its MACs do not fall."""
     net = job.dense()
     layers = [(m, "weight") for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))][:-1]
-    ratio = least_ratio(partial(removed, job, net, partial(_first, job=job)), job.target)
+    ratio = least_ratio(partial(removed, job, net, partial(_cut_first, job=job)), job.target)
     masks = ModelPruning(
         "ln_structured",
         layers,
@@ -186,7 +181,7 @@ def narrow(job: Job) -> nn.Module:
     """A uniformly narrower net with fresh weights, trained for as long as the dense net and the budget together."""
     torch.manual_seed(job.seed)
     net = job.task.make()
-    _first(net, least_ratio(partial(removed, job, net, partial(_first, job=job)), job.target), job=job)
+    _cut_first(net, least_ratio(partial(removed, job, net, partial(_cut_first, job=job)), job.target), job=job)
     for module in net.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
@@ -195,5 +190,6 @@ def narrow(job: Job) -> nn.Module:
     return net
 
 
-def _first(net: nn.Module, ratio: float, *, job: Job) -> None:
+def _cut_first(net: nn.Module, ratio: float, *, job: Job) -> None:
+    """Keep the first channels of every layer: widths are what is wanted."""
     prune(net, job.example, pruning_ratio=ratio, criterion=FirstK(), constants="drop")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from math import hypot, sqrt
 from statistics import mean, stdev
 
-from circumstances import markdown
+from layout import markdown
 from pareto_ways import WAYS
 
 Row = Mapping[str, object]
@@ -86,7 +86,7 @@ def _task(task: str, by_target: Mapping[float, Mapping[str, Cell]], seeds: Seque
 def _line(way: str, cell: Cell, seeds: Sequence[int]) -> list[str]:
     missing = [str(seed) for seed in seeds if seed not in cell.runs]
     if not cell.runs:
-        return [way, *dict.fromkeys(cell.said), *[""] * (7 - len(dict.fromkeys(cell.said)))][:8]
+        return [way, "; ".join(dict.fromkeys(cell.said)), *[""] * 6]
     name = f"{way} (without seed {', '.join(missing)}: {'; '.join(cell.said) or 'not run'})" if missing else way
     scale: dict[str, Callable[[float], str]] = {
         "accuracy": "{:.2f}".format,

@@ -1,8 +1,8 @@
 """What all methods of the Pareto benchmark are given alike: nets, images, dense weights, steps, and a ruler.
 
 A net is trained once for each seed, and every method starts from these weights, trains `BUDGET` epochs with SGD, the
-same LR at every step and the same order of images, and is asked for the same MACs. The shares of the training sets and
-the widths are such that all cells take under two hours on two cores.
+same LR at every step and the same order of images, and is asked for the same MACs. Widths and shares of the training
+sets are small so that two cores get through all cells in some hours.
 """
 
 from __future__ import annotations
@@ -70,11 +70,6 @@ class Job:
         """Optimizer steps of the budget."""
         setting = self.task.more
         return setting.epochs * -(-(setting.limit or 0) // setting.batch_size)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps of one epoch."""
-        return self.steps // self.task.more.epochs
 
     def dense(self) -> nn.Module:
         """The dense net, a copy of its own."""

@@ -12,6 +12,8 @@ from circumstances import installed
 from pareto_tasks import Job
 from torch import nn
 
+from lightning_prune.allocation import ByCost
+
 
 @dataclass(frozen=True)
 class Way:
@@ -58,12 +60,12 @@ WAYS: dict[str, Way] = {
     "magnitude in mid-fit": _ours(ours.in_mid_fit),
     "slimming": _ours(ours.slimming, bn=True),
     "Fisher": _ours(ours.fisher),
-    "Fisher by cost": _ours(ours.fisher_by_cost),
+    "Fisher by cost": _ours(partial(ours.fisher, allocation=ByCost())),
     "L0": _ours(ours.l0),
     "LASSO, refit": _ours(ours.lasso),
-    "LASSO by cost, refit": _ours(ours.lasso_by_cost),
+    "LASSO by cost, refit": _ours(partial(ours.lasso, allocation=ByCost())),
     "Taylor": _ours(ours.taylor),
-    "Taylor by cost": _ours(ours.taylor_by_cost),
+    "Taylor by cost": _ours(partial(ours.taylor, allocation=ByCost())),
     "geometric median": _ours(ours.geometric_median),
     "LAMP": _ours(ours.lamp),
     "random": _ours(ours.random),

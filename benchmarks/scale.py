@@ -1,6 +1,6 @@
 """How cost grows with depth and width: CPU seconds to read, to plan and to cut, fitted exponents, and memory.
 
-    python benchmarks/scale.py [family ...] [--out scale.json] [--table]
+    python benchmarks/scale.py [family ...] [--out scale.jsonl] [--table]
 
 Half of all channels is cut out of residual networks of up to 1,000 blocks, of a ResNet-50 of up to 20 times its width,
 of one with weights in memory, up to 4 times as wide, and of networks in the shape of Llama 7B, by heads. All but those
@@ -20,10 +20,9 @@ import argparse
 import json
 import math
 import resource
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -34,7 +33,9 @@ from unittest.mock import patch
 
 import torch
 import torchvision
-from circumstances import circumstances, markdown
+from apart import ChildError, printed
+from circumstances import circumstances, note, noted
+from layout import markdown
 from torch import Tensor, nn
 
 from lightning_prune import find_groups, history, pruner
@@ -241,12 +242,10 @@ def sizes_of(what: str) -> Sequence[int]:
 
 def in_own_process(what: str, size: int) -> Row:
     """Measure where nothing else has run; what goes wrong is a finding too."""
-    command = [sys.executable, str(HERE / "scale.py"), "--one", what, str(size)]
-    said = subprocess.run(command, capture_output=True, text=True, check=False)
-    if said.returncode:
-        lines = said.stderr.strip().splitlines()
-        return {"error": lines[-1] if lines else f"exit status {said.returncode}"}
-    found: Row = json.loads(said.stdout.splitlines()[-1])
+    try:
+        found: Row = printed(HERE / "scale.py", ["--one", what, str(size)])
+    except ChildError as error:
+        return {"error": str(error)}
     return found
 
 
@@ -255,45 +254,45 @@ def exponent(rows: Sequence[Row], task: str, unit: str) -> float:
     return linear_regression([math.log(row[unit]) for row in rows], [math.log(row[task]) for row in rows]).slope
 
 
-def measured(results: Mapping[str, Any], what: str) -> list[Row]:
+def measured(rows: Sequence[Row], what: str) -> list[Row]:
     """The rows of a family in order of size, without those that failed."""
-    rows = [row for row in results["rows"] if row["what"] == what and "error" not in row]
-    return sorted(rows, key=lambda row: int(row["size"]))
+    found = [row for row in rows if row["what"] == what and "error" not in row]
+    return sorted(found, key=lambda row: int(row["size"]))
 
 
-def verdicts(results: Mapping[str, Any]) -> list[Verdict]:
+def verdicts(rows: Sequence[Row]) -> list[Verdict]:
     """List what was reached beside what is wanted at the most, as far as it has been measured."""
-    found = [
-        Verdict(f"{task}: exponent in {family.unit}, {family.title}", exponent(rows, task, family.unit), STEEPEST)
+    verdicts = [
+        Verdict(f"{task}: exponent in {family.unit}, {family.title}", exponent(found, task, family.unit), STEEPEST)
         for what, family in FAMILIES.items()
         for task in TASKS
-        if len(rows := measured(results, what)) > 1
+        if len(found := measured(rows, what)) > 1
     ]
-    for row in measured(results, "llama"):
+    for row in measured(rows, "llama"):
         if row["size"] == LLAMA_7B.num_hidden_layers:
-            found.append(Verdict("shape of Llama 7B: read, plan and cut, s", sum(row[task] for task in TASKS), 60))
-            found.append(Verdict(f"shape of Llama 7B: peak MB; {row['before MB']:.0f} before", row["peak MB"], 4000))
-    for row in measured(results, "memory"):
+            verdicts.append(Verdict("shape of Llama 7B: read, plan and cut, s", sum(row[task] for task in TASKS), 60))
+            verdicts.append(Verdict(f"shape of Llama 7B: peak MB; {row['before MB']:.0f} before", row["peak MB"], 4000))
+    for row in measured(rows, "memory"):
         extra = row["peak MB"] - row["before MB"]
-        found.append(Verdict("torchvision's resnet50: extra MB that reading takes", extra, 50))
-    return found
+        verdicts.append(Verdict("torchvision's resnet50: extra MB that reading takes", extra, 50))
+    return verdicts
 
 
-def table(results: Mapping[str, Any]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """Return what is measured as Markdown: a line for each size, the exponents beneath, then the limits."""
     header = ["network and size", "operations", "channels", "parameters", *(f"{task}, s" for task in TASKS)]
     lines = []
     for what, family in FAMILIES.items():
-        rows = measured(results, what)
-        lines += [_line(f"{family.title} {row['size']:,}", row) for row in rows]
-        if len(rows) > 1:
-            powers = [f"**{exponent(rows, task, family.unit):.2f}**" for task in TASKS]
+        found = measured(rows, what)
+        lines += [_line(f"{family.title} {row['size']:,}", row) for row in found]
+        if len(found) > 1:
+            powers = [f"**{exponent(found, task, family.unit):.2f}**" for task in TASKS]
             lines.append([f"**exponent in {family.unit}**", "", "", "", *powers, "", ""])
     limits = [
         [verdict.what, f"{verdict.reached:.2f}", f"{verdict.limit:g}", "yes" if verdict.kept else "NO"]
-        for verdict in verdicts(results)
+        for verdict in verdicts(rows)
     ]
-    failures = [f"{row['what']} {row['size']} fails: {row['error']}" for row in results["rows"] if "error" in row]
+    failures = [f"{row['what']} {row['size']} fails: {row['error']}" for row in rows if "error" in row]
     sizes = markdown([*header, "MB before", "peak MB"], lines)
     return "\n\n".join([sizes, markdown(["", "reached", "at most", "kept"], limits), *failures])
 
@@ -305,28 +304,20 @@ def _line(title: str, row: Row) -> list[str]:
 
 def measure(given: argparse.Namespace) -> None:
     """Measure the sizes that the file does not have yet."""
-    results: dict[str, Any] = {
-        "command": "python benchmarks/scale.py",
-        "circumstances": circumstances(),
-        "settings": {what: {"sizes": sizes_of(what), "repeats": family.repeats} for what, family in FAMILIES.items()},
-        "rows": [],
-    }
-    if given.out.exists():
-        results["rows"] = json.loads(given.out.read_text(encoding="utf-8"))["rows"]
-    known = {(row["what"], row["size"]) for row in results["rows"]}
+    known = {(row["what"], row["size"]) for row in noted(given.out)}
     for what in given.families:
         for size in sizes_of(what):
             if (what, size) not in known:
-                results["rows"].append({"what": what, "size": size, **in_own_process(what, size)})
-                given.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-                print(results["rows"][-1], flush=True)
+                row = {"what": what, "size": size, **in_own_process(what, size)}
+                note(given.out, {**row, **circumstances()})
+                print(row, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is missing, and print the table; fail if a limit is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", default=[*FAMILIES, "memory"])
-    parser.add_argument("--out", type=Path, default=HERE / "scale.json")
+    parser.add_argument("--out", type=Path, default=HERE / "scale.jsonl")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--one", nargs=2, metavar=("FAMILY", "SIZE"), help="measure one size here, and print its JSON")
     given = parser.parse_args(arguments)
@@ -337,9 +328,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if not given.table:
         measure(given)
-    results = json.loads(given.out.read_text(encoding="utf-8"))
-    print(table(results))
-    return 0 if all(verdict.kept for verdict in verdicts(results)) else 1
+    rows = noted(given.out)
+    print(table(rows))
+    return 0 if all(verdict.kept for verdict in verdicts(rows)) else 1
 
 
 if __name__ == "__main__":

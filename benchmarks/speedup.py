@@ -1,7 +1,7 @@
 """What a cut buys: latency measured against MACs, and a cut network beside one that was built narrow.
 
     python benchmarks/speedup.py [model ...] [--shares 0.25 0.5 0.75] [--pixels 128] [--rounds 20] [--round-to 8]
-                                 [--compile resnet18 mobilenet_v2 vit_b_16] [--out speedup.json] [--quick] [--table]
+                                 [--compile resnet18 mobilenet_v2 vit_b_16] [--out speedup.jsonl] [--quick] [--table]
 
 Networks of torchvision with random weights lose a share of their MACs to `prune` by magnitude, widths in multiples of
 `--round-to`, and run on one image of 3 x `--pixels` x `--pixels`, on one thread: in torch, compiled by torch.compile
@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 import tempfile
 import time
@@ -37,7 +36,8 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
-from circumstances import circumstances, installed, markdown, middle
+from circumstances import circumstances, installed, note, noted
+from layout import markdown, middle
 from speedup_nets import added_biases, classifier, left_behind, livened, narrow_of
 from torch import Tensor, nn
 
@@ -209,13 +209,13 @@ def ratios(row: Row, over: str, under: str) -> list[float]:
     return [one / other for one, other in zip(times[over], times[under], strict=True)]
 
 
-def beyond(results: Mapping[str, Any], engine: str) -> list[Row]:
+def beyond(measured: Sequence[Row], engine: str) -> list[Row]:
     """The rows whose pruned / narrow is not 1 within noise.
 
     It is not where the median is farther from 1 than narrow / again is anywhere with this engine, and the quartiles do
     not hold 1.
     """
-    rows = [row for row in results["rows"] if row["engine"] == engine and "ms" in row]
+    rows = [row for row in measured if row["engine"] == engine and "ms" in row]
     noise = max((abs(median(ratios(row, "narrow", "again")) - 1) for row in rows), default=0.0)
     found = []
     for row in rows:
@@ -225,18 +225,18 @@ def beyond(results: Mapping[str, Any], engine: str) -> list[Row]:
     return found
 
 
-def table(results: Mapping[str, Any]) -> str:
+def table(measured: Sequence[Row]) -> str:
     """Return what is measured as Markdown: a line for a model and a share, and what the ratios come to."""
     rows: dict[tuple[str, float], dict[str, Row]] = {}
-    for row in results["rows"]:
+    for row in measured:
         rows.setdefault((row["model"], row["share"]), {})[row["engine"]] = row
     engines = [engine for engine in ENGINES if any(engine in found for found in rows.values())]
     columns = [f"{engine}, {what}" for engine in engines for what in ("dense / pruned", "pruned / narrow")]
     header = ["model", "MACs removed", "params removed", "MACs, dense / pruned", *columns]
     lines = [[name, *_line(share, found, engines)] for (name, share), found in rows.items()]
-    pixels = results["settings"]["pixels"]
-    said = f"One image of 3 x {pixels} x {pixels}, CPU time of one thread: median of the rounds' ratios (quartiles)."
-    return "\n\n".join([said, markdown(header, lines), *_sums(results, engines), *_failures(results)])
+    pixels = ", ".join(dict.fromkeys(str(row["pixels"]) for row in measured))
+    said = f"One image of {pixels} pixels a side, CPU time of one thread: median of the rounds' ratios (quartiles)."
+    return "\n\n".join([said, markdown(header, lines), *_sums(measured, engines), *_failures(measured)])
 
 
 def _line(share: float, found: Mapping[str, Row], engines: Sequence[str]) -> list[str]:
@@ -254,9 +254,9 @@ def _line(share: float, found: Mapping[str, Row], engines: Sequence[str]) -> lis
     return cells
 
 
-def _sums(results: Mapping[str, Any], engines: Sequence[str]) -> Iterator[str]:
+def _sums(measured: Sequence[Row], engines: Sequence[str]) -> Iterator[str]:
     for engine in engines:
-        rows = [row for row in results["rows"] if row["engine"] == engine and "ms" in row]
+        rows = [row for row in measured if row["engine"] == engine and "ms" in row]
         if not rows:
             continue
         plain, noise = (
@@ -265,7 +265,7 @@ def _sums(results: Mapping[str, Any], engines: Sequence[str]) -> Iterator[str]:
         gained = [
             median(ratios(row, "dense", "pruned")) / (row["macs"]["dense"] / row["macs"]["pruned"]) for row in rows
         ]
-        apart = [f"{row['model']} at {row['share']:.0%}" for row in beyond(results, engine)]
+        apart = [f"{row['model']} at {row['share']:.0%}" for row in beyond(measured, engine)]
         yield (
             f"{engine}, {len(rows)} rows: pruned / narrow {median(plain):.3f} ({plain[0]:.3f} to {plain[-1]:.3f}); a "
             f"narrow network beside its copy {median(noise):.3f} ({noise[0]:.3f} to {noise[-1]:.3f}); beyond noise: "
@@ -274,9 +274,8 @@ def _sums(results: Mapping[str, Any], engines: Sequence[str]) -> Iterator[str]:
         )
 
 
-def _failures(results: Mapping[str, Any]) -> Iterator[str]:
+def _failures(rows: Sequence[Row]) -> Iterator[str]:
     """Tell what failed, what cuts have left behind or put in, and the outputs' difference."""
-    rows = results["rows"]
     for row in rows:
         if "error" in row:
             yield f"{row['model']} at {row['share']:.0%} in {row['engine']} fails: {row['error']}"
@@ -301,19 +300,12 @@ def _failures(results: Mapping[str, Any]) -> Iterator[str]:
 
 def measure(given: argparse.Namespace, build: Callable[[str, int], nn.Module] = classifier) -> None:
     """Measure the rows that the file does not have yet."""
-    results: dict[str, Any] = {
-        "command": given.command,
-        "circumstances": circumstances(),
-        "settings": {key: getattr(given, key) for key in ("pixels", "round_to", "rounds", "shares", "compile")},
-        "rows": [],
-    }
-    if given.out.exists():
-        before = json.loads(given.out.read_text(encoding="utf-8"))
-        for key in ("pixels", "round_to"):
-            if before["settings"][key] != results["settings"][key]:
-                sys.exit(f"{given.out} was measured with {key} {before['settings'][key]}; pass another `--out`.")
-        results["rows"] = before["rows"]
-    known = {(row["model"], row["share"], row["engine"]) for row in results["rows"]}
+    before, settings = noted(given.out), {key: getattr(given, key) for key in ("pixels", "round_to")}
+    for row in before:
+        for key, value in settings.items():
+            if row[key] != value:
+                sys.exit(f"{given.out} was measured with {key} {row[key]}; pass another `--out`.")
+    known = {(row["model"], row["share"], row["engine"]) for row in before}
     images = torch.randn(1, 3, given.pixels, given.pixels, generator=torch.Generator().manual_seed(0))
     for name in given.models:
         engines = [engine for engine in ENGINES if engine != "torch.compile" or name in given.compile]
@@ -322,10 +314,9 @@ def measure(given: argparse.Namespace, build: Callable[[str, int], nn.Module] = 
             for share in given.shares:
                 for engine in engines:
                     if (name, share, engine) not in known:
-                        found = measurement.row(share, engine)
-                        results["rows"].append({"model": name, "share": share, "engine": engine, **found})
-                        given.out.write_text(json.dumps(results) + "\n", encoding="utf-8")
-                        print(*_told(results["rows"][-1]), flush=True)
+                        row = {"model": name, "share": share, "engine": engine, **measurement.row(share, engine)}
+                        note(given.out, {**row, **settings, **circumstances()})
+                        print(*_told(row), flush=True)
 
 
 def _told(row: Row) -> list[str]:
@@ -342,21 +333,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--round-to", type=int, default=8)
     parser.add_argument("--compile", nargs="*", default=list(COMPILED))
-    parser.add_argument("--out", type=Path, default=HERE / "speedup.json")
+    parser.add_argument("--out", type=Path, default=HERE / "speedup.jsonl")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args(arguments)
-    said = sys.argv[1:] if arguments is None else arguments
-    given.command = " ".join(["python benchmarks/speedup.py", *said])
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
         if given.quick:
             given.models, given.shares, given.compile = given.models[:1], [0.5], []
-            given.pixels, given.rounds, given.out = 64, 4, Path(folder) / "quick.json"
+            given.pixels, given.rounds, given.out = 64, 4, Path(folder) / "quick.jsonl"
         if not given.table:
             measure(given)
-        print(table(json.loads(given.out.read_text(encoding="utf-8"))))
+        print(table(noted(given.out)))
 
 
 if __name__ == "__main__":

@@ -11,26 +11,28 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
-import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from circumstances import PEERS, markdown, noted
+from circumstances import PEERS, noted
+from layout import markdown
 from pareto_picture import draw
 
 HERE = Path(__file__).parent
 PAGE = HERE / "README.md"
 PICTURE = HERE / "pareto.png"
 PARTS = {
-    "pareto": "The same task, the same budget",
-    "events": "What a prune event costs",
-    "overhead": "What callbacks cost in a training step",
-    "speedup": "What a cut buys",
-    "scale": "How cost grows with depth and width",
+    "pareto": (
+        "The same task, the same budget",
+        "python benchmarks/pareto.py --data ROOT",
+    ),
+    "events": ("What a prune event costs", "python benchmarks/events.py"),
+    "speedup": ("What a cut buys", "python benchmarks/speedup.py"),
+    "scale": ("How cost grows with depth and width", "python benchmarks/scale.py"),
 }
-"""Name of the script -> title of its tables."""
+"""Name of the script -> title of its tables, and the command that measures them."""
 INTRODUCTION = """# Benchmarks
 
 Written by `python benchmarks/tables.py` from the result files in this folder; do not edit. To measure again:
@@ -44,39 +46,29 @@ def page() -> str:
 
 
 def _parts() -> Iterator[str]:
-    for name, title in PARTS.items():
-        found = next((path for ending in ("jsonl", "json") if (path := HERE / f"{name}.{ending}").exists()), None)
-        if found is None:
-            yield f"## {title}\n\nNot measured yet: `python benchmarks/{name}.py`."
-            continue
-        module = importlib.import_module(name)
-        if found.suffix == ".jsonl":
-            rows = noted(found)
-            results: Any = rows
-            told = [(f"python benchmarks/{name}.py --data ROOT", row) for row in rows]
-        else:
-            results = json.loads(found.read_text(encoding="utf-8"))
-            told = [(str(results["command"]), results["circumstances"])]
-        seeds = sorted({row["seed"] for row in rows}) if found.suffix == ".jsonl" else []
-        yield f"## {title}\n\n{told_of(told, seeds)}"
-        if name == "pareto":
+    for name, (title, command) in PARTS.items():
+        rows = noted(HERE / f"{name}.jsonl")
+        said = f"`{command}`  \n{measured_on(rows)}" if rows else f"Not measured yet: `{command}`."
+        yield f"## {title}\n\n{said}"
+        if rows and name == "pareto":
             yield f"![Accuracy against the MACs that are left]({PICTURE.name})"
-        yield module.table(results)
+        if rows:
+            yield importlib.import_module(name).table(rows)
 
 
-def told_of(measured: Iterable[tuple[str, Mapping[str, Any]]], seeds: Iterable[int] = ()) -> str:
-    """Commands, machines, versions, dates and seeds of some measurements, each named once."""
-    runs = list(measured)
-    versions = ["python", "torch", "lightning", *PEERS]
+def measured_on(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Machines, versions, dates, commits and seeds of some results, each named once."""
 
     def all_of(key: str) -> str:
-        return ", ".join(sorted({str(run[key]) for _, run in runs if key in run}))
+        return ", ".join(dict.fromkeys(str(row[key]) for row in rows if key in row))
 
-    lines = [f"`{command}`" for command in dict.fromkeys(command for command, _ in runs)]
-    dates = sorted({str(run["time"])[:10] for _, run in runs})
-    lines += [f"{all_of('machine')}, threads: {all_of('threads')}; {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}"]
-    lines += [", ".join(f"{name} {all_of(name)}" for name in versions if all_of(name))]
-    lines += [f"commit {all_of('commit')}" + (f"; seeds {', '.join(map(str, seeds))}" if seeds else "")]
+    dates = sorted({str(row["time"])[:10] for row in rows})
+    seeds = all_of("seed")
+    lines = [
+        f"{all_of('machine')}, threads: {all_of('threads')}; {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}",
+        ", ".join(f"{name} {all_of(name)}" for name in ("python", "torch", "lightning", *PEERS) if all_of(name)),
+        f"commit {all_of('commit')}" + (f"; seeds {seeds}" if seeds else ""),
+    ]
     return "  \n".join(lines)
 
 
@@ -93,7 +85,7 @@ def _index() -> str:
         if any(isinstance(node, ast.If) and "__name__" in ast.dump(node.test) for node in tree.body):
             first = said.split("\n\n")[0].split(": `python")[0].replace("\n", " ").replace("|", "\\|")
             rows.append([f"[{script.name}]({script.name})", first, ", ".join(results.get(script.stem, []))])
-    return markdown(["script", "what it measures", "results here"], rows).replace("---:", "---")
+    return markdown(["script", "what it measures", "results here"], rows, words=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -107,8 +99,8 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit("benchmarks/README.md is not what the result files say; run `python benchmarks/tables.py`.")
         return
     PAGE.write_text(text, encoding="utf-8")
-    if (HERE / "pareto.jsonl").exists():
-        draw(noted(HERE / "pareto.jsonl"), PICTURE)
+    if rows := noted(HERE / "pareto.jsonl"):
+        draw(rows, PICTURE)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing as mp
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from fnmatch import fnmatch
@@ -21,6 +19,7 @@ from pathlib import Path
 from statistics import median
 
 import zoo_one
+from apart import sent
 from rich.console import Console
 from rich.table import Table
 from zoo_models import Choice, choices
@@ -77,22 +76,8 @@ def run_all(
 
 def run_one(choice: Choice, limits: tuple[float, bool], seconds: float) -> Result:
     """Measure one model in a process of its own, and keep what came before it broke off."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=zoo_one.work, args=(theirs, choice, *limits), daemon=True)
-    result: Result = {**vars(choice), "stopped": f"took more than {seconds:.0f} s"}
-    process.start()
-    theirs.close()
-    deadline = time.monotonic() + seconds
-    try:
-        while ours.poll(max(deadline - time.monotonic(), 0)):
-            result.update(ours.recv())
-    except EOFError:
-        process.join()
-        result["stopped"] = f"died with exit code {process.exitcode}" if process.exitcode else None
-    process.kill()
-    return result
+    found, stopped = sent(zoo_one.work, (choice, *limits), seconds, PRELOADED)
+    return {**vars(choice), **found, "stopped": stopped}
 
 
 def failures(result: Result) -> list[str]:

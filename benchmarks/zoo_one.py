@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from memory import forget_peak, peak
 from torch import Tensor, nn
 from zoo_models import Choice, images
 
@@ -85,15 +86,10 @@ def memory(choice: Choice) -> Result:
     model, x = choice.build(choice.default), images(choice.default, 1)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # give back what building has freed, or reading would use that unseen
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is now what is in use
-    before = _peak()
+    forget_peak()
+    before = peak()
     find_groups(model, x)
-    return {"mebibytes": _peak() - before}
-
-
-def _peak() -> float:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+    return {"mebibytes": peak() - before}
 
 
 def frozen(choice: Choice) -> Result:

@@ -56,7 +56,7 @@ class Emissions:
         self._known: dict[int, Emission] = {}
         self._root: dict[int, int] = {}
         self._place = 0
-        self._going: dict[int, Tensor] = {}
+        self._going: dict[int, tuple[LabelArray, Tensor]] = {}
         self.readers: dict[int, list[int]] = {}
         self._read = [numbers_read(step) for step in run.steps]
         self._maker = {number: step for step in run.steps for number in step.results}
@@ -98,12 +98,12 @@ class Emissions:
         return self._tensors.get(value.origin) if isinstance(value, Seen) and isinstance(value.origin, str) else None
 
     def gone(self, labels: LabelArray | None) -> Tensor:
-        """Return the positions that go along a dimension of a tensor of the run."""
+        """Return the positions that go along a dimension; not to be written to."""
         if labels is None:
             return torch.arange(0)
-        if id(labels) not in self._going:  # the run keeps its labels, so that no others get their id
-            self._going[id(labels)] = torch.from_numpy(np.flatnonzero(self._fate.goes(labels)))
-        return self._going[id(labels)]
+        if id(labels) not in self._going:  # kept with the labels, so that no others get their id
+            self._going[id(labels)] = labels, torch.from_numpy(np.flatnonzero(self._fate.goes(labels)))
+        return self._going[id(labels)][1]
 
     def stay(self, labels: LabelArray | None, size: int) -> Tensor:
         """Return the positions that stay along a dimension of this size."""

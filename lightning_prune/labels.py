@@ -56,10 +56,11 @@ class LabelSpace:
         self._frozen.append((labels, reason))
 
     def roots(self) -> LabelArray:
-        """Return for every label the smallest label that it is tied to; not to be written to."""
+        """Return for every label the smallest label that it is tied to; it cannot be written to."""
         if self._flat is None:
             self._resolve()
             self._flat = _shortened(self._parent[: self._size])
+            self._flat.flags.writeable = False
             self._parent[: self._size] = self._flat
         return self._flat
 

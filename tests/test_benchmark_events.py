@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import subprocess
 import sys
 from argparse import Namespace
@@ -15,8 +14,10 @@ import torch
 from torch import nn
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import apart
 import events
 import events_one
+from circumstances import note, noted
 from events_one import EVENTS, drop, measured, ours, peer
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
@@ -47,26 +48,24 @@ def row(name: str, own: float, other: float | None, **more: object) -> dict[str,
     return {"model": name, "runs": runs, **more}
 
 
-RESULTS = {
-    "rows": [
-        row("small", 1.0, 4.0),
-        row("middle", 2.0, 4.0),
-        row("large", 3.0, 4.0),
-        row("endless", 1.0, None, peer="does not end in 120 s"),
-        row("alone", 1.0, None, skipped="torch-pruning is not installed"),
-        {"model": "broken", "error": "RuntimeError: oh"},
-    ]
-}
+ROWS = [
+    row("small", 1.0, 4.0),
+    row("middle", 2.0, 4.0),
+    row("large", 3.0, 4.0),
+    row("endless", 1.0, None, peer="does not end in 120 s"),
+    row("alone", 1.0, None, skipped="torch-pruning is not installed"),
+    {"model": "broken", "error": "RuntimeError: oh"},
+]
 
 
 def test_the_table_holds_paired_ratios_and_their_median() -> None:
-    said = events.table(RESULTS)
+    said = events.table(ROWS)
     assert "| small | 1000 | 4000 | 0.25 | 1000 | 4000 | 0.25 | 0.25 | 0.23 | 0.10 |" in said
     assert "both: median ratio 0.50 over 3 models, largest 0.75; at most 0.5 is aimed at: met" in said
 
 
 def test_the_table_says_what_failed() -> None:
-    said = events.table(RESULTS)
+    said = events.table(ROWS)
     assert "| endless | 1000 | does not end in 120 s |" in said
     assert "Torch-Pruning, endless: does not end in 120 s" in said
     assert "| alone | 1000 | torch-pruning is not installed |" in said
@@ -74,12 +73,12 @@ def test_the_table_says_what_failed() -> None:
 
 
 def test_every_row_of_the_table_is_as_long_as_its_header() -> None:
-    head, _, *lines = [line for line in events.table(RESULTS).splitlines() if line.startswith("|")]
+    head, _, *lines = [line for line in events.table(ROWS).splitlines() if line.startswith("|")]
     assert {line.count("|") for line in lines} == {head.count("|")}
 
 
 def test_a_table_without_the_peer_has_no_medians() -> None:
-    assert "median" not in events.table({"rows": RESULTS["rows"][3:]})
+    assert "median" not in events.table(ROWS[3:])
 
 
 def test_both_of_our_events_are_timed_inside_a_fit() -> None:
@@ -110,52 +109,51 @@ def test_a_child_that_fails_or_hangs_is_told(monkeypatch: pytest.MonkeyPatch) ->
         raise subprocess.TimeoutExpired("python", settings["timeout"])
 
     monkeypatch.setattr(subprocess, "run", fails)
-    with pytest.raises(events.ChildError, match="KeyError: 'oh'"):
-        events.child(["resnet18"])
+    with pytest.raises(apart.ChildError, match="KeyError: 'oh'"):
+        apart.printed(events.SCRIPT, ["resnet18"])
     monkeypatch.setattr(subprocess, "run", hangs)
-    with pytest.raises(events.ChildError, match="does not end in 7 s"):
-        events.child(["resnet18"], 7)
+    with pytest.raises(apart.ChildError, match="does not end in 7 s"):
+        apart.printed(events.SCRIPT, ["resnet18"], 7)
 
 
 def test_where_the_peer_fails_ours_is_measured_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
 
-    def child(arguments: list[str], limit: float | None = None) -> Any:
+    def printed(script: Path, arguments: list[str], limit: float | None = None) -> Any:
         asked.append(arguments)
         if limit is not None:
-            raise events.ChildError("does not end in 1 s")
+            raise apart.ChildError("does not end in 1 s")
         return {"ours": []}
 
-    monkeypatch.setattr(events, "child", child)
+    monkeypatch.setattr(events, "printed", printed)
     monkeypatch.setattr(events, "installed", lambda package: "1.0")
     assert events.measured("swin_t", 3, 1) == {"model": "swin_t", "peer": "does not end in 1 s", "runs": {"ours": []}}
     assert asked[-1][-2:] == ["ours", "drop"]
 
 
 def test_without_the_peer_its_rows_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(events, "child", lambda arguments, limit=None: {})
+    monkeypatch.setattr(events, "printed", lambda script, arguments, limit=None: {})
     monkeypatch.setattr(events, "installed", lambda package: None)
     assert events.measured("resnet18", 3, 1)["skipped"] == "torch-pruning is not installed"
 
 
 def test_a_failure_stands_in_its_row_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "events.json"
+    out = tmp_path / "events.jsonl"
     known = row("small", 1.0, 4.0)
-    out.write_text(json.dumps({"rows": [known]}), encoding="utf-8")
+    note(out, known)
 
-    def child(arguments: list[str], limit: float | None = None) -> Any:
+    def printed(script: Path, arguments: list[str], limit: float | None = None) -> Any:
         if arguments[0] == "broken":
-            raise events.ChildError("RuntimeError: oh")
+            raise apart.ChildError("RuntimeError: oh")
         return {"ours": [run(1, 1)], "drop": [run(1, 1)], "peer": [run(2, 2)]}
 
-    monkeypatch.setattr(events, "child", child)
+    monkeypatch.setattr(events, "printed", printed)
     events.measure(Namespace(models=["small", "broken", "next"], repeats=1, limit=1.0, out=out))
-    results = json.loads(out.read_text(encoding="utf-8"))
-    assert results.keys() == {"command", "circumstances", "settings", "rows"}
-    assert [found["model"] for found in results["rows"]] == ["small", "broken", "next"]
-    assert results["rows"][0] == known
-    assert results["rows"][1]["error"] == "RuntimeError: oh"
-    assert "runs" in results["rows"][2]
+    first, second, third = noted(out)
+    assert first == known
+    assert (second["model"], second["error"]) == ("broken", "RuntimeError: oh")
+    assert (third["model"], third["runs"]["ours"]) == ("next", [run(1, 1)])
+    assert {"commit", "machine", "time"} <= third.keys()
 
 
 def test_the_models_are_torchvision_s() -> None:

@@ -15,6 +15,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import scale
+from circumstances import note, noted
 from scale import FAMILIES, TASKS, exponent
 
 COUNTS = ("operations", "channels", "parameters")
@@ -24,10 +25,6 @@ def row(what: str, size: int, power: float, **more: Any) -> dict[str, Any]:
     counts = dict.fromkeys(COUNTS, 10 * size)
     times = dict.fromkeys(TASKS, 0.001 * size**power)
     return {"what": what, "size": size, **counts, **times, "before MB": 700.0, "peak MB": 720.0, **more}
-
-
-def results(*rows: dict[str, Any]) -> dict[str, Any]:
-    return {"rows": list(rows)}
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
@@ -72,23 +69,23 @@ def test_a_process_that_fails_leaves_its_row_and_the_rest_goes_on(
             return subprocess.CompletedProcess(command, 1, "", "Traceback\nMemoryError: oh\n")
         return subprocess.CompletedProcess(command, 0, json.dumps(row("depth", int(command[-1]), 1)) + "\n", "")
 
-    monkeypatch.setattr(scale.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(scale, "circumstances", dict)
-    out = tmp_path / "scale.json"
-    out.write_text(json.dumps(results(row("depth", 1000, 1, read=7.0))), encoding="utf-8")
+    out = tmp_path / "scale.jsonl"
+    note(out, row("depth", 1000, 1, read=7.0))
     scale.measure(Namespace(out=out, families=["depth"]))
-    found = {each["size"]: each for each in json.loads(out.read_text())["rows"]}
+    found = {each["size"]: each for each in noted(out)}
     assert set(found) == set(FAMILIES["depth"].sizes)
     assert found[250]["error"] == "MemoryError: oh"
     assert found[1000]["read"] == 7.0
-    assert "depth 250 fails: MemoryError: oh" in scale.table({"rows": list(found.values())})
+    assert "depth 250 fails: MemoryError: oh" in scale.table(list(found.values()))
 
 
 def test_the_table_holds_sizes_exponents_and_limits() -> None:
     rows = [row("depth", size, 1) for size in FAMILIES["depth"].sizes]
     rows += [row("width", size, 2) for size in FAMILIES["width"].sizes]
     rows += [row("llama", 32, 1), row("memory", 1, 1)]
-    said = scale.table(results(*rows))
+    said = scale.table(rows)
     assert "| residual network: blocks 1,000 | 10,000 | 10,000 | 10,000 | 1.000 | 1.000 | 1.000 | 700 | 720 |" in said
     assert "| **exponent in operations** |  |  |  | **1.00** | **1.00** | **1.00** |  |  |" in said
     assert "| read: exponent in channels, ResNet-50, no weights: times its width | 2.00 | 1.25 | NO |" in said
@@ -97,8 +94,9 @@ def test_the_table_holds_sizes_exponents_and_limits() -> None:
 
 
 def test_a_missed_limit_is_the_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "scale.json"
     for power, status in ((1.0, 0), (2.0, 1)):
-        out.write_text(json.dumps(results(*(row("depth", size, power) for size in (1, 2)))), encoding="utf-8")
+        out = tmp_path / f"{status}.jsonl"
+        for size in (1, 2):
+            note(out, row("depth", size, power))
         assert scale.main(["--table", "--out", str(out)]) == status
     assert "| NO |" in capsys.readouterr().out

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from copy import deepcopy
@@ -21,6 +20,7 @@ from lightning_prune.tensors import named_tensors
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import speedup
+from circumstances import note, noted
 from speedup_nets import added_biases, left_behind, livened, narrow_of, operations
 
 IMAGES = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -68,7 +68,7 @@ def cut(build: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
 
 def arguments(out: Path, **changed: Any) -> argparse.Namespace:
     given = {"models": ["plain"], "shares": [0.5], "pixels": 32, "rounds": 4, "round_to": None, "compile": []}
-    return argparse.Namespace(**{**given, "command": "python benchmarks/speedup.py", "out": out, **changed})
+    return argparse.Namespace(**{**given, "out": out, **changed})
 
 
 def build(name: str, pixels: int) -> nn.Module:
@@ -146,22 +146,22 @@ def test_everyone_runs_everywhere_in_a_round_and_after_everyone() -> None:
 
 
 def test_a_row_is_written_at_once_and_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = arguments(tmp_path / "speedup.json")
+    given = arguments(tmp_path / "speedup.jsonl")
     speedup.measure(given, build)
-    (row,) = json.loads(given.out.read_text())["rows"]
+    (row,) = noted(given.out)
     assert (row["model"], row["share"], row["engine"]) == ("plain", 0.5, "torch")
     assert {kind: len(times) for kind, times in row["ms"].items()} == dict.fromkeys(speedup.KINDS, 4)
     assert row["macs"]["pruned"] == row["macs"]["narrow"] < 0.55 * row["macs"]["dense"]
     assert (row["left behind"], row["off"]) == ([], 0.0)
     monkeypatch.setattr(speedup, "timed", lambda opened, rounds: {kind: [1.0] for kind in speedup.KINDS})
     speedup.measure(arguments(given.out, models=["plain", "emitting"]), build)
-    first, second = json.loads(given.out.read_text())["rows"]
+    first, second = noted(given.out)
     assert first == row
     assert (second["model"], second["ms"]["dense"], second["off"]) == ("emitting", [1.0], None)
 
 
 def test_a_file_of_other_images_is_not_gone_on_with(tmp_path: Path) -> None:
-    given = arguments(tmp_path / "speedup.json", models=["broken"])
+    given = arguments(tmp_path / "speedup.jsonl", models=["broken"])
     speedup.measure(given, build)
     with pytest.raises(SystemExit, match="was measured with pixels 32"):
         speedup.measure(arguments(given.out, pixels=64), build)
@@ -172,12 +172,12 @@ def test_what_fails_leaves_its_row_and_the_rest_goes_on(tmp_path: Path, monkeypa
         raise KeyError("no engine")
 
     monkeypatch.setattr(speedup, "ENGINES", {"failing": fails, "torch": speedup.eager})
-    given = arguments(tmp_path / "speedup.json", models=["broken", "plain"])
+    given = arguments(tmp_path / "speedup.jsonl", models=["broken", "plain"])
     speedup.measure(given, build)
-    results = json.loads(given.out.read_text())
-    errors = [row.get("error") for row in results["rows"]]
+    rows = noted(given.out)
+    errors = [row.get("error") for row in rows]
     assert errors == ["RuntimeError: no such network"] * 2 + ["KeyError: 'no engine'", None]
-    said = speedup.table(results)
+    said = speedup.table(rows)
     assert "broken at 50% in torch fails: RuntimeError: no such network" in said
     assert "plain at 50% in failing fails: KeyError: 'no engine'" in said
 
@@ -185,11 +185,11 @@ def test_what_fails_leaves_its_row_and_the_rest_goes_on(tmp_path: Path, monkeypa
 def test_without_onnxruntime_its_rows_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speedup, "ENGINES", {"onnxruntime": speedup.onnxruntime})
     monkeypatch.setattr(speedup, "installed", lambda package: None)
-    given = arguments(tmp_path / "speedup.json")
+    given = arguments(tmp_path / "speedup.jsonl")
     speedup.measure(given, build)
-    results = json.loads(given.out.read_text())
-    assert results["rows"][0]["skipped"] == "onnxruntime is not installed"
-    assert "onnxruntime is not installed" in speedup.table(results)
+    rows = noted(given.out)
+    assert rows[0]["skipped"] == "onnxruntime is not installed"
+    assert "onnxruntime is not installed" in speedup.table(rows)
 
 
 def test_the_dense_file_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,11 +207,11 @@ def test_the_dense_file_is_written_once(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(speedup, "feed", lambda session, inputs: {})
     monkeypatch.setattr(speedup, "installed", lambda package: "1.0")
     monkeypatch.setattr(speedup, "ENGINES", {"onnxruntime": speedup.onnxruntime})
-    given = arguments(tmp_path / "speedup.json", shares=[0.25, 0.5])
+    given = arguments(tmp_path / "speedup.jsonl", shares=[0.25, 0.5])
     speedup.measure(given, build)
-    results = json.loads(given.out.read_text())
-    assert [row["same file"] for row in results["rows"]] == [True, True]
-    assert "2 of 2 ONNX files of cut networks are those of the narrow ones" in speedup.table(results)
+    rows = noted(given.out)
+    assert [row["same file"] for row in rows] == [True, True]
+    assert "2 of 2 ONNX files of cut networks are those of the narrow ones" in speedup.table(rows)
     assert written == ["dense.onnx", "pruned.onnx", "narrow.onnx", "pruned.onnx", "narrow.onnx"]
 
 
@@ -219,7 +219,7 @@ def row(model: str, pruned: list[float], **more: Any) -> dict[str, Any]:
     times = {"dense": [8.0] * 4, "pruned": pruned, "narrow": [4.0] * 4, "again": [4.0, 4.0, 4.0, 4.1]}
     counts = {"dense": 200, "pruned": 100, "narrow": 100}
     found = {"macs": counts, "params": counts, "added biases": 0, "left behind": [], "off": 0.0, "ms": times}
-    return {"model": model, "share": 0.5, "engine": "torch", **found, **more}
+    return {"model": model, "share": 0.5, "engine": "torch", "pixels": 128, **found, **more}
 
 
 def test_the_table_tells_ratios_and_what_is_beyond_noise() -> None:
@@ -227,9 +227,8 @@ def test_the_table_tells_ratios_and_what_is_beyond_noise() -> None:
         row("even", [3.9, 4.0, 4.0, 4.1]),
         row("slower", [5.0, 5.0, 5.2, 5.2], **{"left behind": ["0 is a Gather"], "added biases": 3, "off": None}),
     ]
-    results = {"settings": {"pixels": 128}, "rows": rows}
-    assert [found["model"] for found in speedup.beyond(results, "torch")] == ["slower"]
-    said = speedup.table(results)
+    assert [found["model"] for found in speedup.beyond(rows, "torch")] == ["slower"]
+    said = speedup.table(rows)
     assert "| even | 50% | 50% | 2.00 | 2.00 (1.99 to 2.01) | 1.00 (0.99 to 1.01) |" in said
     assert "beyond noise: slower at 50%" in said
     assert "Left behind in slower at 50%: 0 is a Gather" in said
@@ -242,8 +241,8 @@ def test_the_table_tells_ratios_and_what_is_beyond_noise() -> None:
 def test_the_table_is_printed_from_the_file_without_measuring(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "speedup.json"
-    out.write_text(json.dumps({"settings": {"pixels": 32}, "rows": [row("even", [4.0] * 4)]}), encoding="utf-8")
+    out = tmp_path / "speedup.jsonl"
+    note(out, row("even", [4.0] * 4))
     monkeypatch.setattr(speedup, "measure", lambda given: pytest.fail("it measures"))
     speedup.main(["--table", "--out", str(out)])
     assert "| even | 50% |" in capsys.readouterr().out
