@@ -20,9 +20,11 @@ run: $(VENV)/.installed-all
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 "$(BIN)" -m pytest $(PYTEST_ARGS)
 
-# The fast tests on the oldest versions that pyproject.toml allows, in an environment of their own.
+# The fast tests on the oldest versions that pyproject.toml allows, in an environment of their own; but for the example of
+# `equilibrate`, which prints a LayerNorm, of which torch 2.5 tells less.
 oldest: $(VENV)-oldest/.installed
-	OMP_NUM_THREADS=1 "$(VENV)-oldest/bin/python" -m pytest $(PYTEST_ARGS) -m "not slow"
+	OMP_NUM_THREADS=1 "$(VENV)-oldest/bin/python" -m pytest $(PYTEST_ARGS) -m "not slow" \
+		--deselect lightning_prune/equilibrium/inserting.py::lightning_prune.equilibrium.inserting.equilibrate
 
 docs: $(VENV)/.installed-dev
 	"$(BIN)" -m sphinx -W --keep-going -b html docs build/docs

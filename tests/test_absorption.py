@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from versions import older
 
 from lightning_prune import history_of, load_pruned, prune, save_pruned
 from lightning_prune.absorption import absorb
@@ -139,6 +140,8 @@ class Swish(nn.Module):
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_dead_channels_go_without_a_trace(name: str, memory_format: torch.memory_format) -> None:
+    if older("torch", "2.6") and (name, memory_format) == ("new bias of a linear layer", torch.channels_last):
+        pytest.skip("torch before 2.6 flattens channels that lie last with `as_strided_`, which freezes them")
     torch.manual_seed(0)
     net = lively(NETS[name]()).to(memory_format=memory_format)
     naive = copy.deepcopy(net)

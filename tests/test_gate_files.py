@@ -13,7 +13,7 @@ import torch
 from gated_networks import CHANNELS, EXACT, assert_shut_is_removed, close, each_net, gated, gates_in, made, set_gates
 from proof import Net, outputs, relative_error
 from torch import nn
-from versions import needs
+from versions import older
 
 from lightning_prune import history_of, load_pruned, save_pruned
 from lightning_prune.errors import HistoryError
@@ -213,10 +213,11 @@ def test_a_single_layer_can_be_gated() -> None:
     assert relative_error(outputs(model, x), before) < 1e-6
 
 
-@needs("torch", "2.6", "does not compile gates: `id` of a tensor that was computed")
 @pytest.mark.parametrize("name", ["blocks", "perceptron", "attention"])
 @pytest.mark.filterwarnings("ignore")
 def test_gated_and_folded_networks_are_exported(name: str) -> None:
+    if older("torch", "2.6") and name != "perceptron":
+        pytest.skip("torch before 2.6 does not export gates: `id` of a tensor that was computed")
     model, x = made(name, torch.float32)
     gated(model, x)
     before = outputs(model, x)

@@ -31,7 +31,7 @@ from proof import Net, outputs, randomise, relative_error
 from random_networks import STARTS, RandomNetwork, Recipe, recipes
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from versions import needs
+from versions import older
 
 from lightning_prune import find_groups, history_of, prune
 from lightning_prune.criteria import Magnitude
@@ -354,13 +354,14 @@ def test_gates_follow_a_change_of_type() -> None:
     assert all(reading.index.dtype is torch.int64 for reading in gates_in(model).read_by().values())
 
 
-@needs("torch", "2.6", "does not compile gates: `id` of a tensor that was computed")
 @pytest.mark.parametrize("name", ["blocks", "perceptron", "attention"])
 @pytest.mark.parametrize("per_example", [False, True])
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_networks_hear_every_draw(name: str, per_example: bool) -> None:
     if name == "blocks" and per_example:
         pytest.skip("one of the two routes is enough")
+    if older("torch", "2.6") and (name, per_example) != ("perceptron", False):
+        pytest.skip("torch before 2.6 does not compile gates: `id` of a tensor that was computed")
     torch.compiler.reset()
     model, x = made(name, torch.float32)
     gated(model, x, per_example=per_example).train()

@@ -9,14 +9,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
+from versions import older
+
+if older("lightning", "2.6"):
+    pytest.skip("lightning before 2.6 calls what a jsonargparse of today deprecates", allow_module_level=True)
+
+import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch import Tensor, nn
-from versions import needs
 
 from lightning_prune import Reconstruction, allocation, callbacks, criteria, history_of, masks, schedules
 from lightning_prune.allocation import Allocation, ByCost, Global, Isomorphic, WeightAllocation
@@ -30,7 +34,6 @@ WHOLE = [find_spec(name) is not None for name in ("jsonargparse", "docstring_par
 
 pytestmark = [
     pytest.mark.skipif(not all(WHOLE), reason="needs jsonargparse[signatures]"),
-    needs("lightning", "2.6", "is called by a jsonargparse of its time, not by that of today"),
     pytest.mark.filterwarnings(  # Lightning 2.6 calls what jsonargparse 4.49 deprecates
         r"ignore:[\s\S]*(in v4[.]49[.]0|JsonargparseDeprecationWarning)"
     ),

@@ -29,7 +29,7 @@ from lightning.pytorch.callbacks import (
 from masked import Exact, is_exact, masked, weights_of, wrong
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from versions import needs
+from versions import older
 
 from lightning_prune import history_of, load_pruned, masks
 from lightning_prune.allocation import Global, Uniform
@@ -244,12 +244,13 @@ def average(kind: str) -> list[Callback]:
     return [neighbours.EMAWeightAveraging(decay=0.8)] if kind == "ema" else []
 
 
-@needs("lightning", "2.6", "saves an object with StochasticWeightAveraging that `weights_only` does not load")
 @pytest.mark.filterwarnings("ignore:.*that ended before the epoch ended")
 @either_side
 @pytest.mark.parametrize("weights_only", [False, True])
 @pytest.mark.parametrize("kind", ["plain", "ema", "swa"])
 def test_every_file_holds_zeros_and_their_masks(tmp_path: Path, kind: str, weights_only: bool, side: int) -> None:
+    if older("lightning", "2.6") and kind == "swa" and not weights_only:
+        pytest.skip("lightning before 2.6 saves an object with SWA that torch does not load with weights_only=True")
     if kind == "ema" and not hasattr(neighbours, "EMAWeightAveraging"):
         pytest.skip("this Lightning has none")
     module = Module(partial(AdamW, lr=0.01))

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn, optim
 from torch.optim import LBFGS, SGD, Adafactor, Adam, AdamW, Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from versions import needs
+from versions import needs, older
 
 from lightning_prune import history_of
 from lightning_prune.callbacks import MagnitudePruneCallback, PruneCallback
@@ -203,6 +203,14 @@ CASES = dict.fromkeys(
     ("optimizer", "scheduler", "interval", "precision"), [pytest.param(*case, id=", ".join(case)) for case in CASES]
 )
 def test_a_fit_goes_on_over_a_cut(optimizer: str, scheduler: str, interval: str, precision: str) -> None:
+    if older("torch", "2.6") and (optimizer, scheduler, precision) == (
+        "momentum fused",
+        "CosineAnnealingLR",
+        "bf16-true",
+    ):
+        pytest.skip(
+            "torch before 2.6 rounds another way in fused bf16 steps: two weights of this fit stand still in one"
+        )
     module, before, after = Task(optimizer, scheduler, interval), Watch(), Watch()
     dense = sizes_of(module)
     fit = trainer(before, random_cut(), after, precision=precision, **SHORT)

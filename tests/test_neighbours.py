@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
-from versions import needs
+from versions import needs, older
 
 from lightning_prune import history_of, load_pruned
 from lightning_prune.callbacks import MagnitudePruneCallback, PruneCallback
@@ -369,6 +369,8 @@ class LaterSearch(LearningRateFinder):
 def test_a_later_search_changes_nothing_around_the_cut(
     epoch: int, of_cut: int, example: Tensor | None, side: int
 ) -> None:
+    if older("lightning", "2.6") and epoch == 0:
+        pytest.skip("lightning before 2.6: a search at the start changes the fit without any cut, too")
     searched, plain = Searched(example=example), Searched(example=example)
     search = LaterSearch(epoch)
     trainer(*beside(cut(of_cut), search, side=side)).fit(searched)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from proof import permute_channels
 from torch import Tensor, nn
-from versions import needs
+from versions import older
 
 from lightning_prune import find_groups, history_of, load_pruned, prune, save_pruned
 from lightning_prune.allocation import Global
@@ -151,8 +151,9 @@ class TestTrunks:
         assert torch.equal(loaded(IMAGES), net(IMAGES))
         assert history_of(loaded) == history_of(net)
 
-    @needs("torch", "2.6", "does not compile a `zip` with strict=True")
     def test_it_compiles_and_exports(self, name: str, tmp_path: Path) -> None:
+        if older("torch", "2.6") and name == "dense":
+            pytest.skip("torch before 2.6 does not compile a `zip` with strict=True")
         net = lively(NETS[name]()).float()
         prune(net, IMAGES.float(), pruning_ratio=0.5, criterion=BNScale(), trunks="selected")
         images = IMAGES.float()

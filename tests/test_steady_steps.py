@@ -28,6 +28,7 @@ from torch.optim import (
     Rprop,
     lr_scheduler,
 )
+from versions import older
 
 from lightning_prune.callbacks.param_groups import join
 from lightning_prune.callbacks.steady_steps import SteadySteps, is_adaptive
@@ -87,6 +88,8 @@ def steady(make: Callable[..., Optimizer] = SGD, size: int = 3) -> tuple[SteadyS
 
 @pytest.mark.parametrize("kind", ADAPTIVE, ids=lambda kind: kind.__name__)
 def test_adaptive_optimizers_are_left_alone(kind: Any) -> None:
+    if older("torch", "2.6") and kind is Adagrad:
+        pytest.skip("torch before 2.6 makes Adagrad's memory in its constructor only, so that it is refused")
     steps, optimizer, gate = steady(kind)
     assert steps.state_dict() == {"squares": [], "weights": []}
     other = parameter()

@@ -11,7 +11,7 @@ from beside import CUT, Moves, beside, cut, either_side
 from fits import EXAMPLE, STEPS, Module, equal, trainer, widths
 from torch import Tensor
 from torch.utils.data import DataLoader
-from versions import needs
+from versions import older
 
 from lightning_prune import history_of
 from lightning_prune.callbacks import BNSlimmingCallback, MagnitudePruneCallback, PruneCallback
@@ -40,8 +40,9 @@ class Quiet(Module):
     [("module", EXAMPLE), ("network", None), ("network in place", EXAMPLE), ("layer", None)],
     ids=["module", "network", "network in place", "layer"],
 )
-@needs("torch", "2.6", "hands a backend no parameters: they are attributes of the graph")
 def test_what_was_compiled_is_compiled_anew_after_the_cut(what: str, example: Tensor | None) -> None:
+    if older("torch", "2.6") and what != "module":
+        pytest.skip("torch before 2.6 hands a backend no parameters: they are attributes of the graph")
     shapes: set[tuple[int, ...]] = set()
 
     def backend(graph: Any, inputs: Any) -> Any:

@@ -8,7 +8,11 @@ import pytest
 from packaging.version import Version
 
 
+def older(package: str, least: str) -> bool:
+    """Tell whether a package is older than a release; its development versions are not."""
+    return Version(version(package)).release < Version(least).release
+
+
 def needs(package: str, least: str, why: str) -> pytest.MarkDecorator:
     """Skip a test on older versions of a package, and say what they cannot do."""
-    older = Version(version(package)).release < Version(least).release
-    return pytest.mark.skipif(older, reason=f"{package} before {least} {why}")
+    return pytest.mark.skipif(older(package, least), reason=f"{package} before {least} {why}")
