@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import ddp_fits
-import lightning.pytorch as pl
+import ddp_started
 import pytest
-import torch
 import torch.nn.functional as F
-from fits import EXAMPLE, Module, images, trainer, widths
+from fits import EXAMPLE, Module, images, trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_prune import history_of
-from lightning_prune.callbacks import MagnitudePruneCallback, PrunedStateMixin
+from lightning_prune.callbacks import MagnitudePruneCallback
 from lightning_prune.criteria import Fisher, score_groups
 from lightning_prune.graph import read
 
@@ -33,18 +31,27 @@ ENDED = [name for name in ddp_fits.FITS if name not in (*FAILING, *GATED, REFUSE
 Ranks = tuple[dict[str, Any], dict[str, Any]]
 
 
+def run_alone(*arguments: str, cwd: Path) -> None:
+    """Run a script in a Python process of its own, without what pytest has set."""
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "MASTER", "LOCAL_RANK"))}
+    ran = subprocess.run(
+        [sys.executable, *arguments],
+        env={**clean, "PYTHONPATH": paths},
+        cwd=cwd,
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     """What became of all fits, on both ranks; they run once, for the processes take long to start."""
     folder = tmp_path_factory.mktemp("ddp")
-    here = Path(__file__).parent
-    paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, ddp_fits.__file__, str(folder)]
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "MASTER", "LOCAL_RANK"))}
-    ran = subprocess.run(
-        command, env={**clean, "PYTHONPATH": paths}, cwd=folder, timeout=300, capture_output=True, text=True
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    run_alone(ddp_fits.__file__, str(folder), cwd=folder)
     first, second = (json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1))
     return first, second
 
@@ -125,26 +132,10 @@ def test_a_static_graph_by_hand_is_refused(ranks: Ranks) -> None:
     assert all("static_graph=True the ranks drift apart" in rank[REFUSED]["error"] for rank in ranks)
 
 
-class Remembering(PrunedStateMixin, Module):
-    """Its weights bring their shapes back from other processes."""
-
-
-def spawned(module: pl.LightningModule, method: str) -> pl.Trainer:
-    strategy = DDPStrategy(start_method=method, process_group_backend="gloo")  # type: ignore[arg-type]
-    made = trainer(
-        MagnitudePruneCallback(0.5, begin=1, end=1), max_epochs=2, devices=2, strategy=strategy, limit_val_batches=0
-    )
-    made.fit(module)
-    return made
-
-
 @pytest.mark.parametrize("method", ["spawn", "fork"])
-def test_processes_that_lightning_starts_bring_the_cut_back(method: str) -> None:
-    module = Remembering(example=torch.zeros(2, 1, 6, 6))
-    spawned(module, method)
-    assert widths(module) == [4, 4]
-    assert len(history_of(module)) == 1
-    assert module(torch.zeros(2, 1, 6, 6)).shape == (2, 4)
+def test_processes_that_lightning_starts_bring_the_cut_back(method: str, tmp_path: Path) -> None:
+    run_alone(ddp_started.__file__, method, "held.json", cwd=tmp_path)
+    assert json.loads((tmp_path / "held.json").read_text()) == {"widths": [4, 4], "cuts": 1, "shape": [2, 4]}
 
 
 def test_without_the_mixin_they_are_refused_with_the_way_out() -> None:
