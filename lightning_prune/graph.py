@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from lightning_prune.collector import collector_held
 from lightning_prune.errors import TraceError
 from lightning_prune.flow import Flow
 from lightning_prune.inputs import ExampleInputs, Inputs, bind
@@ -99,7 +100,7 @@ def read(model: nn.Module, example_inputs: ExampleInputs, ignore: Sequence[str] 
     """Find the channel groups and keep what is needed to verify a cut; see `find_groups`. Gates are not read."""
     check_model(model)
     check_heads(heads)
-    with ungated(model):
+    with ungated(model), collector_held():
         return _read(unwrapped(model), example_inputs, ignore, heads)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lightning_prune.collector import collector_held
 from lightning_prune.cut import Cut, prepare, standins
 from lightning_prune.fate import Fate
 from lightning_prune.flow import Flow
@@ -46,6 +47,7 @@ class Trial:
     macs: int = 0
 
 
+@collector_held()
 def verify(model: nn.Module, graph: Graph, plan: PruningPlan, cut: Cut, known: Attributes | None = None) -> Trial:
     """Run the cut model without changing the real one.
 
