@@ -12,7 +12,6 @@ from lightning_prune import prune
 from lightning_prune.collector import collector_held
 from lightning_prune.graph import read
 
-
 SEEN: list[bool] = []
 """Whether the collector was at work, run by run; what a network keeps of a reading is taken back."""
 
