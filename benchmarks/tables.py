@@ -29,6 +29,7 @@ PARTS = {
         "python benchmarks/pareto.py --data ROOT",
     ),
     "events": ("What a prune event costs", "python benchmarks/events.py"),
+    "overhead": ("What callbacks cost", "python benchmarks/overhead.py"),
     "speedup": ("What a cut buys", "python benchmarks/speedup.py"),
     "scale": ("How cost grows with depth and width", "python benchmarks/scale.py"),
 }
