@@ -12,6 +12,8 @@ from layout import markdown
 from pareto_ways import WAYS
 
 Row = Mapping[str, object]
+CLOSE = 0.02
+"""So far from the fraction asked for, at most."""
 FIGURES = ("accuracy", "removed", "params", "ms, batch 1", "ms, batch 64", "seconds", "MiB")
 
 
@@ -136,8 +138,26 @@ def verdict(cells: Cells) -> str:
         "### Defaults beside defaults",
         markdown(header, defaults),
         f"Of {beside} comparisons, worse by more than a standard error in {worse}.",
+        "### MACs asked for and gone",
+        _met(cells),
     ]
     return "\n\n".join(told)
+
+
+def _met(cells: Cells) -> str:
+    """How closely those that know what channels cost meet what is asked for; in means over the seeds."""
+    beyond = {
+        f"{way} on {task} at {target:.0%} ({100 * ahead:+.1f})": abs(ahead) > CLOSE
+        for (task, target), ways in sorted(cells.items())
+        for way, cell in ways.items()
+        if target and cell.runs and WAYS[way].by_cost
+        for ahead in [mean(cell.values("removed")) - target]
+    }
+    far = [told for told, is_far in beyond.items() if is_far]
+    told = (
+        f"Those that know what channels cost are within {100 * CLOSE:.0f} points of it in {len(beyond) - len(far)} of"
+    )
+    return f"{told} {len(beyond)} cells" + (f"; not {', '.join(far)}." if far else ".")
 
 
 def _best(ways: Mapping[str, Cell]) -> tuple[str, Cell]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import lightning.pytorch as pl
 import pareto_ours as ours
 import pareto_peers as peers
 from circumstances import installed
@@ -26,6 +27,7 @@ class Way:
         bn: Whether it needs BatchNorm.
         default: Whether it is what a newcomer to the library gets.
         cuts: Whether MACs fall.
+        by_cost: Whether it knows what channels cost, so that it should meet what is asked for closely.
     """
 
     library: str
@@ -34,6 +36,7 @@ class Way:
     bn: bool = False
     default: bool = False
     cuts: bool = True
+    by_cost: bool = False
 
     def skipped(self, task: str) -> str | None:
         """Why it does not run on a task, or None where it does."""
@@ -44,6 +47,10 @@ class Way:
 
 def _ours(made: ours.Made, *, bn: bool = False) -> Way:
     return Way("ours", ours.way(made), bn=bn)
+
+
+def _by_cost(made: Callable[..., pl.Callback]) -> Way:
+    return Way("ours", ours.way(partial(made, allocation=ByCost())), by_cost=True)
 
 
 def _tp(kind: str, importance: str, *, bn: bool = False, default: bool = False, **more: object) -> Way:
@@ -60,12 +67,12 @@ WAYS: dict[str, Way] = {
     "magnitude in mid-fit": _ours(ours.in_mid_fit),
     "slimming": _ours(ours.slimming, bn=True),
     "Fisher": _ours(ours.fisher),
-    "Fisher by cost": _ours(partial(ours.fisher, allocation=ByCost())),
+    "Fisher by cost": _by_cost(ours.fisher),
     "L0": _ours(ours.l0),
     "LASSO, refit": _ours(ours.lasso),
-    "LASSO by cost, refit": _ours(partial(ours.lasso, allocation=ByCost())),
+    "LASSO by cost, refit": _by_cost(ours.lasso),
     "Taylor": _ours(ours.taylor),
-    "Taylor by cost": _ours(partial(ours.taylor, allocation=ByCost())),
+    "Taylor by cost": _by_cost(ours.taylor),
     "geometric median": _ours(ours.geometric_median),
     "LAMP": _ours(ours.lamp),
     "random": _ours(ours.random),

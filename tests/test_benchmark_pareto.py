@@ -22,8 +22,17 @@ from pareto_ways import WAYS
 Row = dict[str, object]
 
 
-def row(way: str, accuracy: float, *, seed: int = 0, task: str = "lenet5", target: float = 0.5) -> Row:
-    figures = {"removed": target, "params": 1e3, "ms, batch 1": 1.0, "ms, batch 64": 2.0, "seconds": 3.0, "MiB": 4.0}
+def row(
+    way: str, accuracy: float, *, seed: int = 0, task: str = "lenet5", target: float = 0.5, beyond: float = 0.0
+) -> Row:
+    figures = {
+        "removed": target + beyond,
+        "params": 1e3,
+        "ms, batch 1": 1.0,
+        "ms, batch 64": 2.0,
+        "seconds": 3.0,
+        "MiB": 4.0,
+    }
     return {"task": task, "seed": seed, "target": target, "way": way, "accuracy": accuracy, **figures}
 
 
@@ -66,6 +75,14 @@ def test_the_verdict_counts_in_standard_errors() -> None:
     assert "Of 1 comparisons, better by more than a standard error in 1, worse by more than one in 0." in ahead
     masks = [row("ModelPruning", 99.9, seed=seed) for seed in range(3)]  # its MACs do not fall
     assert verdict(cells_of([*ROWS[:5], *masks])) == ahead
+
+
+def test_those_that_know_the_cost_are_held_to_what_was_asked_for_in_the_mean() -> None:
+    near = [row("Fisher by cost", 98.0, beyond=0.03), row("Fisher by cost", 98.0, seed=1, beyond=-0.01)]
+    far = [row("Taylor by cost", 98.0, beyond=0.021), row("Taylor", 98.0, beyond=0.5)]
+    said = verdict(cells_of([*near, *far]))
+    assert said.endswith("within 2 points of it in 1 of 2 cells; not Taylor by cost on lenet5 at 50% (+2.1).")
+    assert verdict(cells_of(near)).endswith("within 2 points of it in 1 of 1 cells.")
 
 
 def test_the_picture(tmp_path: Path) -> None:
