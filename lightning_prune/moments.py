@@ -24,7 +24,7 @@ class Fit:
         matrix: The new weights, (g, o, p).
         intercept: The new bias, (g, o); None where none was asked for.
         error: ||Y - X W' - b||_F / ||Y||_F over the rows, at least 0.
-        ridge: What was added to the diagonal of the Gram matrix of columns of unit energy.
+        ridge: What was added to the diagonal of the Gram matrix of columns of unit energy so that it has a factor.
     """
 
     matrix: Tensor
@@ -165,13 +165,14 @@ class Moments:
     def refit(self, matrix: Tensor, *, intercept: bool = True, ridge: float = 0.0) -> Fit:
         """Return the weights, near the given ones where the rows leave a choice, that reproduce Y best.
 
-        Solved is min_D ||Y - X (W + D)' - b||^2 + ridge ||D||^2 over columns of unit energy, for the change D: where
-        columns depend on each other, the ridge grows from 0 until the Gram matrix can be factorised in float64.
+        Solved is min_D ||Y - X (W + D)' - b||^2 + ridge * e ||D||^2 for the change D, where e is the mean energy of
+        the columns: what is seldom or faintly seen changes little. Beside it, where columns depend on each other, a
+        ridge over columns of unit energy grows from 0 until the Gram matrix can be factorised in float64.
 
         Args:
             matrix: The weights to start from, W of shape (g, o, p).
             intercept: Whether there is a bias b to be fitted.
-            ridge: At least so much is added to the diagonal, 0 or more.
+            ridge: Of the changes, in parts of the mean energy, 0 or more.
         """
         weight = matrix.to(self._xx)
         gram, cross, energy = self._centred(with_mean=not intercept)
@@ -231,17 +232,24 @@ def by_channel(values: Tensor, taps: int, dim: int) -> Tensor:
 
 
 def _solve(gram: Tensor, right: Tensor, whole: Tensor, ridge: float) -> tuple[Tensor, float]:
-    """Solve for each group; columns that are 0 throughout, or next to nothing of their whole energy, give 0."""
+    """Solve for each group; columns that are 0 throughout, or next to nothing of their whole energy, give 0.
+
+    Returns:
+        The solution, and how much more than the ridge it took.
+    """
     energy = gram.diagonal(dim1=1, dim2=2)
     silent = energy <= torch.maximum(_LEAST_PIVOT**2 * energy.amax(1, keepdim=True), _LEAST_PIVOT * whole)
     scale = torch.where(silent, 0.0, energy.clamp(min=torch.finfo(energy.dtype).tiny).rsqrt())
     unit = gram * scale.unsqueeze(1) * scale.unsqueeze(2)
     unit.diagonal(dim1=1, dim2=2)[silent] = 1
+    if ridge:
+        unit += torch.diag_embed(ridge * energy.mean(1, keepdim=True) * scale.square())
+    more = 0.0
     while True:
-        ridged = unit if not ridge else unit + ridge * torch.eye(unit.shape[1], dtype=unit.dtype, device=unit.device)
+        ridged = unit if not more else unit + more * torch.eye(unit.shape[1], dtype=unit.dtype, device=unit.device)
         factor, info = torch.linalg.cholesky_ex(ridged)
         pivots = factor.diagonal(dim1=1, dim2=2)
         if not info.any() and bool((pivots.square() >= _LEAST_PIVOT / 2).all()):
             break
-        ridge = max(10 * ridge, _LEAST_PIVOT)
-    return torch.cholesky_solve(right * scale.unsqueeze(2), factor) * scale.unsqueeze(2), ridge
+        more = max(10 * more, _LEAST_PIVOT)
+    return torch.cholesky_solve(right * scale.unsqueeze(2), factor) * scale.unsqueeze(2), more

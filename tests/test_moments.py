@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch import Generator, Tensor
@@ -272,14 +273,37 @@ def test_columns_of_very_different_size_are_fitted_alike() -> None:
 
 
 def test_a_ridge_pulls_back_to_the_weights_that_there_were() -> None:
-    """By hand: two columns at right angles, of energy 4 and 1, and one output that each of them should give once."""
+    """By hand: two columns at right angles, of energy 4 and 1, so 2.5 on average; one output that each gives once."""
     x = torch.tensor([[[2.0, 0.0]], [[0.0, 1.0]]], dtype=torch.float64)
     y = torch.tensor([[[2.0]], [[1.0]]], dtype=torch.float64)
     fit = moments_of(x, y).refit(torch.zeros(1, 1, 2), intercept=False, ridge=1.0)
-    assert near(fit.matrix, torch.tensor([[[0.5, 0.5]]], dtype=torch.float64), 1e-15)
-    assert fit.ridge == 1.0
+    assert near(fit.matrix, torch.tensor([[[4 / 6.5, 1 / 3.5]]], dtype=torch.float64), 1e-15)
+    assert fit.ridge == 0.0
     standing = moments_of(x, y).refit(torch.ones(1, 1, 2), intercept=False, ridge=1.0)
     assert standing.matrix.tolist() == [[[1.0, 1.0]]]
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+def test_a_ridge_is_that_of_scikit_learn_around_the_weights_that_there_were(intercept: bool) -> None:
+    ridge = pytest.importorskip("sklearn.linear_model").Ridge
+    fit = moments_of().refit(W, intercept=intercept, ridge=0.3)
+    for group in range(GROUPS):
+        x, left = X[:, group].numpy(), (Y[:, group] - X[:, group] @ W[group].T).numpy()
+        energy = np.square(x - x.mean(0) if intercept else x).sum(0).mean()
+        solved = ridge(alpha=0.3 * energy, fit_intercept=intercept, solver="svd").fit(x, left)
+        assert near(fit.matrix[group], W[group] + torch.from_numpy(solved.coef_))
+        if fit.intercept is not None:
+            assert near(fit.intercept[group], torch.from_numpy(np.asarray(solved.intercept_)))
+
+
+def test_with_a_ridge_what_is_faintly_seen_changes_little() -> None:
+    """A column that is next to nothing in these rows would else explain what they leave open, and spoil all others."""
+    torch.manual_seed(0)
+    x = torch.randn(20, 1, 30, dtype=torch.float64) * torch.tensor([1.0] * 29 + [1e-3], dtype=torch.float64)
+    y = torch.randn(20, 1, 1, dtype=torch.float64)
+    changes = [moments_of(x, y).refit(torch.zeros(1, 1, 30), ridge=ridge).matrix[0, 0] for ridge in (0.0, 1e-2)]
+    assert changes[0][-1].abs() > 10 * changes[0][:-1].abs().max()
+    assert changes[1][-1].abs() < changes[1][:-1].abs().max() / 10
 
 
 def test_the_more_ridge_the_nearer_and_the_worse() -> None:

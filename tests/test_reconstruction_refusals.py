@@ -153,7 +153,7 @@ def test_masked_weights() -> None:
         ({"targets": "both"}, "`targets` is one of 'original', 'current'; got 'both'"),
         ({"images": 0}, "`images` is how many are looked at, 1 or more; got 0"),
         ({"points": -1}, "`points` is how many are looked at, 1 or more; got -1"),
-        ({"ridge": -1e-3}, "`ridge` is added to the diagonal .*, 0 or more; got -0.001"),
+        ({"ridge": -1e-3}, "`ridge` is how dear .*, 0 or more; got -0.001"),
         ({"ridge": float("nan")}, "`ridge`"),
     ],
 )

@@ -24,8 +24,8 @@ class Reconstruction:
         points: So many positions of each layer's output for each example; there are images x points rows.
         targets: "original": each layer makes up for what those before it have lost; "current" leaves that.
         shortcuts: Whether a layer whose output is added to something else makes up for what that has lost, too.
-        ridge: At least so much is added to the diagonal of the Gram matrix of columns of unit energy, 0 or more; needed
-            where there are fewer rows than columns.
+        ridge: How dear it is to change a weight, in parts of what the layer's input channels carry on average, 0 or
+            more (see `Moments.refit`); needed where there are fewer rows than columns.
         seed: Of the points.
 
     Raises:
@@ -46,4 +46,4 @@ class Reconstruction:
         if self.targets not in TARGETS:
             raise ValueError(f"`targets` is one of {', '.join(map(repr, TARGETS))}; got {self.targets!r}.")
         if not (isfinite(self.ridge) and self.ridge >= 0):
-            raise ValueError(f"`ridge` is added to the diagonal of the Gram matrix, 0 or more; got {self.ridge}.")
+            raise ValueError(f"`ridge` is how dear it is to change a weight, 0 or more; got {self.ridge}.")
