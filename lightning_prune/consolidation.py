@@ -96,12 +96,12 @@ class Consolidation:
         gradients = {name: each.grad for name, each in parameters.items() if each.grad is not None}
         away = torch._foreach_sub([parameters[name] for name in gradients], [self.anchors[name] for name in gradients])
         pulls = torch._foreach_mul([self.information[name] for name in gradients], away)
-        torch._foreach_mul_(pulls, strength)
         for name, pull in zip(gradients, pulls, strict=True):
             if name in masks:
                 pull.masked_fill_(~masks[name].to(pull.device), 0)
-        torch._foreach_add_(list(gradients.values()), pulls)
-        return 0.5 * torch.stack([(far * pull).sum() for far, pull in zip(away, pulls, strict=True)]).sum()
+        torch._foreach_add_(list(gradients.values()), pulls, alpha=strength)
+        energies = [far.flatten().dot(pull.flatten()) for far, pull in zip(away, pulls, strict=True)]
+        return 0.5 * strength * torch.stack(energies).sum()
 
     def after(self, cut: Cut, offsets: Offsets) -> Consolidation:
         """Return it for the model after a cut: what stays keeps its F and its distance from its anchor.
