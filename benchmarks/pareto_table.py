@@ -71,7 +71,8 @@ def table(rows: Sequence[Row]) -> str:
     parts = [
         _task(task, {target: ways for (name, target), ways in cells.items() if name == task}, seeds) for task in tasks
     ]
-    return "\n\n".join([*parts, verdict(cells)])
+    minutes = sum(sum(cell.values("seconds")) for ways in cells.values() for cell in ways.values()) / 60
+    return "\n\n".join([*parts, verdict(cells), f"All fits together took {minutes:.0f} CPU minutes."])
 
 
 def _task(task: str, by_target: Mapping[float, Mapping[str, Cell]], seeds: Sequence[int]) -> str:

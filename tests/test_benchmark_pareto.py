@@ -63,6 +63,11 @@ def test_a_peer_that_is_not_installed_stands_in_the_table_by_name() -> None:
     assert "| kirigami magnitude | torch-kirigami is not installed |" in table(ROWS)
 
 
+def test_the_table_tells_what_all_of_it_took() -> None:
+    minutes = [row("magnitude", 98.0, seed=seed) | {"seconds": 90.0} for seed in range(4)]
+    assert table(minutes).endswith("\n\nAll fits together took 6 CPU minutes.")
+
+
 def test_what_was_measured_again_replaces_what_failed() -> None:
     again = [*ROWS, row("TP magnitude", 97.0, seed=2)]
     assert cells_of(again)["lenet5", 0.5]["TP magnitude"].values("accuracy") == [95, 96, 97]
