@@ -7,13 +7,24 @@ shape (rows, g, o) and the matrix W of shape (g, o, p): Y[:, q] = X[:, q] W[q]' 
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
+from torch._ops import OpOverload
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_prune.errors import PruningError
 
 Layer = nn.Linear | _ConvNd
+
+_KINDS = (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+"""The classes whose forward is the product itself."""
 
 
 def is_product(module: nn.Module | None) -> bool:
@@ -47,6 +58,66 @@ def weight_from(layer: Layer, matrix: Tensor) -> Tensor:
         parts = matrix.view(groups, weight.shape[1], weight.shape[0] // groups, -1)
         matrix = parts.transpose(1, 2)
     return matrix.reshape(weight.shape).to(weight)
+
+
+def read_by_product(layer: Layer, inputs: Tensor) -> Tensor:
+    """Return what the product inside a layer reads: the layer's input, unless its class prepares that first.
+
+    Classes with a forward of their own may pad before they convolve, for instance the "same" convolutions of networks
+    that come from TensorFlow. They are run once more, and what their convolution reads is tried out.
+
+    Args:
+        layer: The layer.
+        inputs: What it is called with.
+
+    Raises:
+        PruningError: The layer is not the product of what it reads and its weight: it changes the weight, or the
+            result.
+    """
+    if getattr(layer.forward, "__func__", None) in {kind.forward for kind in _KINDS}:
+        return inputs
+    with torch.no_grad(), _Convolved() as convolved:
+        output: Tensor = layer.forward(inputs)
+    candidates: list[Tensor] = [*convolved.inputs, inputs]
+    for read in candidates:
+        if _gives(layer, read, output):
+            return read
+    raise PruningError(
+        f"A {type(layer).__name__} does more than a {_kind_of(layer).__name__}: what it returns is not the product of "
+        "what it reads and its weight, so that its weight cannot be fitted. Put layers of this class in `ignore`."
+    )
+
+
+class _Convolved(TorchDispatchMode):
+    """Notes what convolutions read."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.inputs: list[Tensor] = []
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.overloadpacket is torch.ops.aten.convolution:
+            self.inputs.append(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def _kind_of(layer: Layer) -> type[nn.Module]:
+    return next(kind for kind in _KINDS if isinstance(layer, kind))
+
+
+def _gives(layer: Layer, inputs: Tensor, output: Tensor) -> bool:
+    """Tell whether a layer without a forward of its own would return the same, but for rounding."""
+    try:
+        with torch.no_grad():
+            plain = _kind_of(layer).forward(layer, inputs)
+    except RuntimeError:  # it does not fit in
+        return False
+    if plain.shape != output.shape:
+        return False
+    away, size = (plain.float() - output.float()).norm(), output.float().norm()
+    return not bool(away > size * torch.finfo(output.dtype).eps ** 0.5)  # NaN is refused where it is looked for
 
 
 def draw_points(layer: Layer, inputs: Tensor, most: int, generator: Generator) -> Tensor:

@@ -19,6 +19,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from lightning_prune import history_of, load_pruned, prune, reconstruct, save_pruned
 from lightning_prune.criteria import Criterion, FirstK, Lasso, Magnitude, MaxResponse, Random
+from lightning_prune.errors import PruningError
 from lightning_prune.graph import read
 from lightning_prune.one_shot import Reconstructed
 from lightning_prune.pruner import Draft, Request, draft_cut
@@ -337,3 +338,47 @@ def test_labels_and_dicts_are_no_hindrance() -> None:
     rebuilt(plain, seen)
     rebuilt(labelled, [[images, torch.zeros(24)] for images in seen])  # type: ignore[misc]
     assert torch.equal(plain[4].weight, labelled[4].weight)
+
+
+class SameConv2d(nn.Conv2d):
+    """Pads by itself, more on one side than on the other, as networks that come from TensorFlow do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class Standardized(nn.Conv2d):
+    """Its weight is not the one that it convolves with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+def of(kind: type[nn.Conv2d], padding: int) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(kind(3, 8, 3, stride=2, padding=padding), nn.ReLU(), kind(8, 8, 3, stride=2, groups=8, padding=padding)),
+        *(nn.ReLU(), kind(8, 6, 3, padding=padding), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)),
+    ).eval()
+
+
+@pytest.mark.parametrize("criterion", [Lasso(), Magnitude()], ids=["LASSO", "magnitude"])
+def test_layers_that_pad_by_themselves_are_fitted_to_what_they_have_padded(criterion: Criterion) -> None:
+    """The same network with the padding outside of the layers is refitted the same way."""
+    seen, nets = [torch.randn(40, 3, 13, 13)], [of(SameConv2d, 0), of(nn.Conv2d, 0)]
+    outside = nets[1]
+    assert isinstance(outside, nn.Sequential)
+    for place in (0, 2, 4):
+        outside[place] = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), outside[place])
+    for net in nets:
+        rebuilt(net, seen, 0.3, copy.deepcopy(criterion))
+    with torch.no_grad():
+        assert torch.allclose(nets[0](seen[0]), nets[1](seen[0]), atol=1e-5)
+
+
+def test_a_layer_that_convolves_with_another_weight_is_refused_and_nothing_is_cut() -> None:
+    net, seen = of(Standardized, 1), [torch.randn(40, 3, 13, 13)]
+    before = snapshot(net)
+    with pytest.raises(PruningError, match=r"A Standardized does more than a Conv2d.*`ignore`"):
+        rebuilt(net, seen, 0.3)
+    assert same_state(before, snapshot(net))

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Generator, Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrizations import weight_norm
 
+from lightning_prune.errors import PruningError
 from lightning_prune.sampling import (
     Layer,
     draw_points,
@@ -21,6 +23,7 @@ from lightning_prune.sampling import (
     is_product,
     matrix_of,
     outputs_at,
+    read_by_product,
     taps_of,
     weight_from,
 )
@@ -219,3 +222,60 @@ def test_what_is_a_product() -> None:
     assert all(is_product(layer) for layer in (nn.Linear(2, 3), nn.Conv1d(2, 3, 1), nn.ConvTranspose3d(2, 3, 1)))
     assert not any(is_product(layer) for layer in (None, nn.ReLU(), nn.Bilinear(2, 2, 2)))
     assert not is_product(weight_norm(nn.Linear(2, 3)))
+
+
+class SameConv2d(nn.Conv2d):
+    """Pads by itself, more on one side than on the other, as networks that come from TensorFlow do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class Standardized(nn.Conv2d):
+    """Its weight is not the one that it convolves with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Renamed(nn.Conv2d):
+    """Has no forward of its own."""
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_layer_that_pads_by_itself_reads_what_it_has_padded(groups: int) -> None:
+    layer, images = SameConv2d(2, 4, 3, stride=2, groups=groups).double(), random(3, 2, 6, 6)
+    read = read_by_product(layer, images)
+    assert torch.equal(read, F.pad(images, (0, 1, 0, 1)))
+    with torch.no_grad():
+        output = layer(images)
+    points = drawn(layer, read, 10**6)
+    made, wanted = product(layer, inputs_at(layer, read, points)), outputs_at(layer, output, points)
+    assert float((made - wanted).detach().abs().max()) < EXACT
+
+
+def test_layers_without_a_forward_of_their_own_read_their_input() -> None:
+    for layer in (nn.Conv2d(2, 2, 3), nn.ConvTranspose2d(2, 2, 3), nn.Linear(5, 2), Renamed(2, 2, 3, padding=1)):
+        images = torch.rand(1, 2, 5, 5)
+        assert read_by_product(layer, images) is images  # type: ignore[arg-type]
+
+
+def test_a_forward_of_its_own_that_is_the_product_is_taken() -> None:
+    class Told(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    rows = torch.rand(3, 5)
+    assert read_by_product(Told(5, 2), rows) is rows
+
+
+@pytest.mark.parametrize("layer", [Standardized(2, 3, 3), Scaled(5, 2)], ids=["weight", "result"])
+def test_a_layer_that_does_more_is_refused_by_name(layer: Layer) -> None:
+    kind = type(layer)
+    with pytest.raises(PruningError, match=rf"A {kind.__name__} does more than a {kind.__mro__[1].__name__}.*`ignore`"):
+        read_by_product(layer, torch.rand(1, 2, 5, 5))

@@ -15,7 +15,16 @@ from lightning_prune.criteria.readers import Reader
 from lightning_prune.graph import Graph
 from lightning_prune.lasso import choose, lasso_path, nested_errors
 from lightning_prune.moments import Responses, among_channels, joined
-from lightning_prune.sampling import Layer, draw_points, groups_of, inputs_at, is_product, matrix_of, taps_of
+from lightning_prune.sampling import (
+    Layer,
+    draw_points,
+    groups_of,
+    inputs_at,
+    is_product,
+    matrix_of,
+    read_by_product,
+    taps_of,
+)
 from lightning_prune.tensors import named_tensors
 from lightning_prune.types import ChannelGroup
 
@@ -69,6 +78,7 @@ class Lasso(InputsSummed):
     @override
     def _of_call(self, name: str, inputs: Tensor) -> Mapping[str, Tensor]:
         layer: Layer = self._modules[name]  # type: ignore[assignment]
+        inputs = read_by_product(layer, inputs)
         points = draw_points(layer, inputs, self.points, Generator().manual_seed(self.steps))
         x = inputs_at(layer, inputs, points).transpose(0, 1).double()
         gram = among_channels(x.mT @ x, self._weight(name), taps_of(layer))

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.handlers.normalization import is_batch_norm
 from lightning_prune.inputs import Inputs
+from lightning_prune.sampling import read_by_product
 
 aten = torch.ops.aten
 
@@ -29,7 +30,7 @@ class See(Protocol):
         Args:
             name: The layer.
             call: Which of its calls this is, counted from 0.
-            inputs: What it read.
+            inputs: What it read, prepared as its product takes it (see `read_by_product`).
             output: What it returned.
             beside: What its output, or the norm's behind it, is added to; None where it is not added to anything.
         """
@@ -106,7 +107,7 @@ class _Observer(TorchDispatchMode):
         self._see, self._left, self._work = see, calls, work
         self._is_showing = False
         self._counts: Counter[str] = Counter()
-        self._waiting: dict[int, tuple[str, Tensor, Tensor, Tensor]] = {}
+        self._waiting: dict[int, tuple[str, nn.Module, Tensor, Tensor, Tensor]] = {}
 
     def before(self, name: str) -> Any:
         """Return a hook for before a layer is called."""
@@ -122,18 +123,18 @@ class _Observer(TorchDispatchMode):
         def saw(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
             inputs = args[0] if args else next(iter(kwargs.values()))
             if is_summed:
-                self._waiting[id(output)] = (name, inputs, output, output)  # holds the output, so that its id stays
+                self._waiting[id(output)] = (name, module, inputs, output, output)  # its id stays for as long
             else:
-                self._show(name, inputs, output, None)
+                self._show(name, module, inputs, output, None)
 
         return saw
 
-    def _show(self, name: str, inputs: Tensor, output: Tensor, beside: Tensor | None) -> None:
+    def _show(self, name: str, module: nn.Module, inputs: Tensor, output: Tensor, beside: Tensor | None) -> None:
         call = self._counts[name]
         self._counts[name] += 1
         self._is_showing = True  # what is done to look at a call is no part of the run
         try:
-            self._see(name, call, inputs, output, beside)
+            self._see(name, call, read_by_product(module, inputs), output, beside)  # type: ignore[arg-type]
         finally:
             self._is_showing = False
         if self._left is not None:
@@ -149,16 +150,16 @@ class _Observer(TorchDispatchMode):
         known = next((value for value in args if id(value) in self._waiting), None) if self._waiting else None
         if known is None:
             return self._work(func, args, kwargs or {})
-        name, inputs, output, _ = self._waiting.pop(id(known))
+        name, module, inputs, output, _ = self._waiting.pop(id(known))
         if func.overloadpacket in (aten.add, aten.add_):
             other = args[1] if args[0] is known else args[0]
             is_alike = isinstance(other, Tensor) and other.shape == known.shape and not kwargs
-            self._show(name, inputs, output, other if is_alike else None)
+            self._show(name, module, inputs, output, other if is_alike else None)
             return self._work(func, args, kwargs or {})
         result = self._work(func, args, kwargs or {})
         following = result[0] if isinstance(result, (tuple, list)) else result
         if is_batch_norm(func) or func.overloadpacket in _VIEWS:
-            self._waiting[id(following)] = (name, inputs, output, following)
+            self._waiting[id(following)] = (name, module, inputs, output, following)
         else:
-            self._show(name, inputs, output, None)
+            self._show(name, module, inputs, output, None)
         return result
