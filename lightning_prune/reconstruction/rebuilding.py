@@ -208,7 +208,7 @@ class _Rebuilding:
             raise PruningError(
                 f"{site.name} keeps {left} columns (channels times taps), which takes as many rows and one more; there "
                 f"are {rows}. Pass at least {ceil((left + 1) / max(rows, 1))} times the images, take more `points` "
-                "of each where its output has them, or allow for a `ridge`, such as 1e-3."
+                "of each where its output has them, or allow for a `ridge`, such as 0.1."
             )
 
     def _refit(self, site: Site) -> Refit:
