@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from own_forwards import SameConv2d, Standardized
 from proof import same_state, snapshot
 from rebuilt_networks import HARD, IMAGE, Basic, batches, lively, normed, readout
 from torch import Tensor, nn
@@ -338,20 +339,6 @@ def test_labels_and_dicts_are_no_hindrance() -> None:
     rebuilt(plain, seen)
     rebuilt(labelled, [[images, torch.zeros(24)] for images in seen])  # type: ignore[misc]
     assert torch.equal(plain[4].weight, labelled[4].weight)
-
-
-class SameConv2d(nn.Conv2d):
-    """Pads by itself, more on one side than on the other, as networks that come from TensorFlow do."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
-
-
-class Standardized(nn.Conv2d):
-    """Its weight is not the one that it convolves with."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
 
 
 def of(kind: type[nn.Conv2d], padding: int) -> nn.Module:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from own_forwards import SameConv2d, Standardized
 from torch import Generator, Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrizations import weight_norm
@@ -222,20 +223,6 @@ def test_what_is_a_product() -> None:
     assert all(is_product(layer) for layer in (nn.Linear(2, 3), nn.Conv1d(2, 3, 1), nn.ConvTranspose3d(2, 3, 1)))
     assert not any(is_product(layer) for layer in (None, nn.ReLU(), nn.Bilinear(2, 2, 2)))
     assert not is_product(weight_norm(nn.Linear(2, 3)))
-
-
-class SameConv2d(nn.Conv2d):
-    """Pads by itself, more on one side than on the other, as networks that come from TensorFlow do."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
-
-
-class Standardized(nn.Conv2d):
-    """Its weight is not the one that it convolves with."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
 
 
 class Scaled(nn.Linear):
