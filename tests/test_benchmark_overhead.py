@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from pathlib import Path
@@ -145,12 +146,14 @@ def test_it_goes_on_and_tries_again_what_has_failed(
 
     monkeypatch.setattr(overhead, "measured", once)
     out = tmp_path / "overhead.jsonl"
-    threads = torch.get_num_threads()
+    logger = logging.getLogger("lightning.pytorch")
+    threads, level = torch.get_num_threads(), logger.level
     try:
         for _ in range(2):
             overhead.main(["resnet18", "--ways", "ModelPruning", "SparsityMonitor", "--rounds", "2", "--out", str(out)])
     finally:
         torch.set_num_threads(threads)
+        logger.setLevel(level)
     assert asked == ["ModelPruning", "SparsityMonitor", "ModelPruning"]
     assert [("error" in row, len(row.get("runs", []))) for row in noted(out)] == [(True, 0), (False, 2), (False, 2)]
     assert "fails" not in capsys.readouterr().out.split("ms of a bare step")[-1]
