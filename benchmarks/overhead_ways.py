@@ -46,7 +46,7 @@ Callbacks = Callable[[pl.LightningModule], Sequence[pl.Callback]]
 class Way:
     """A fit to measure.
 
-    Args:
+    Attributes:
         callbacks: Builds its callbacks; those that only accompany the one that is measured stand first.
         event: Lightning's hook in which its event comes; None: it has none.
         aim: A step of it in steps of the bare fit, at most; None: nothing is aimed at.

@@ -105,8 +105,8 @@ def reconstruct(
 
     Raises:
         ValueError: An argument is wrong, no group can be pruned, or the model is in train mode.
-        PruningError: The model cannot be read, there are no batches or too few, or a layer returns NaN; in all cases
-            the model is unchanged.
+        PruningError: The model cannot be read, there are no batches or too few, a layer returns NaN, or its class
+            changes the weight or the result in its forward; in all cases the model is unchanged.
 
     Example:
         >>> import torch

@@ -115,7 +115,8 @@ def rebuild(
         The plan as it was chosen, with as many channels of each group, and the new weights as offsets to the old.
 
     Raises:
-        PruningError: There is no batch, a layer reads or returns NaN, or there are fewer rows than a layer has columns.
+        PruningError: There is no batch, a layer reads or returns NaN, there are fewer rows than a layer has columns, or
+            a layer's class changes the weight or the result in its forward.
     """
     return _Rebuilding(model, graph, plan, batches, settings, choose, mended or {}, all_reduce).run()
 
